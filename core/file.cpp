@@ -1,0 +1,100 @@
+#include "core/file.hpp"
+
+#include <cerrno>
+#include <cstring>
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/stat.h>
+
+#include "core/error.hpp"
+
+namespace shardtune {
+namespace {
+
+[[noreturn]] void fail_errno(ErrorKind kind, const char* action, const std::filesystem::path& file, const char* advice = "") {
+  const int code = errno;
+  fail(kind, fmt::format("cannot {} {}: {}{}", action, file.string(), std::strerror(code), advice));
+}
+
+const char* write_advice() {
+  switch (errno) {
+    case ENOSPC: case EDQUOT: return " (free some space or choose another --output_dir)";
+    case EACCES: case EROFS: case EPERM: return " (choose an --output_dir that this user may write to)";
+    default: return "";
+  }
+}
+
+}  // namespace
+
+UniqueFd open_for_reading(const std::filesystem::path& file) {
+  UniqueFd fd(::open(file.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!fd) fail_errno(ErrorKind::data, "open", file);
+  struct stat info {};
+  if (::fstat(fd.get(), &info) != 0) fail_errno(ErrorKind::data, "examine", file);
+  if (S_ISDIR(info.st_mode)) fail(ErrorKind::data, fmt::format("{} is a directory, a file is needed", file.string()));
+  return fd;
+}
+
+std::uint64_t file_size(int fd, const std::filesystem::path& file) {
+  struct stat info {};
+  if (::fstat(fd, &info) != 0) fail_errno(ErrorKind::data, "examine", file);
+  return static_cast<std::uint64_t>(info.st_size);
+}
+
+void pread_exactly(int fd, void* into, std::size_t size, std::uint64_t offset, const std::filesystem::path& file) {
+  auto* bytes = static_cast<char*>(into);
+  while (size > 0) {
+    const ssize_t got = ::pread(fd, bytes, std::min<std::size_t>(size, 1U << 30), static_cast<off_t>(offset));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) fail_errno(ErrorKind::io, "read", file);
+    if (got == 0)
+      fail(ErrorKind::data, fmt::format("{} ends {} bytes too early (at byte {}); it was truncated, fetch it again",
+                                        file.string(), size, offset));
+    bytes += got;
+    size -= static_cast<std::size_t>(got);
+    offset += static_cast<std::uint64_t>(got);
+  }
+}
+
+std::string read_file(const std::filesystem::path& file, std::size_t max_bytes) {
+  const UniqueFd fd = open_for_reading(file);
+  const std::uint64_t size = file_size(fd.get(), file);
+  if (size > max_bytes)
+    fail(ErrorKind::data, fmt::format("{} has {} bytes, more than the limit of {}", file.string(), size, max_bytes));
+  std::string text(size, '\0');
+  pread_exactly(fd.get(), text.data(), size, 0, file);
+  return text;
+}
+
+void write_all(int fd, std::string_view bytes, const std::filesystem::path& file) {
+  while (!bytes.empty()) {
+    const ssize_t put = ::write(fd, bytes.data(), std::min<std::size_t>(bytes.size(), 1U << 30));
+    if (put < 0 && errno == EINTR) continue;
+    if (put < 0) fail_errno(ErrorKind::io, "write", file, write_advice());
+    bytes.remove_prefix(static_cast<std::size_t>(put));
+  }
+}
+
+void write_file_durably(const std::filesystem::path& file, std::string_view bytes) {
+  const std::filesystem::path temporary = file.string() + ".tmp";
+  UniqueFd fd(::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
+  if (!fd) fail_errno(ErrorKind::io, "create", temporary, write_advice());
+  write_all(fd.get(), bytes, temporary);
+  if (::fsync(fd.get()) != 0) fail_errno(ErrorKind::io, "sync", temporary, write_advice());
+  if (::close(fd.release()) != 0) fail_errno(ErrorKind::io, "close", temporary, write_advice());
+  rename_path(temporary, file);
+  fsync_path(file.has_parent_path() ? file.parent_path() : std::filesystem::path("."));
+}
+
+void fsync_path(const std::filesystem::path& path) {
+  const UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!fd) fail_errno(ErrorKind::io, "open", path);
+  if (::fsync(fd.get()) != 0) fail_errno(ErrorKind::io, "sync", path, write_advice());
+}
+
+void rename_path(const std::filesystem::path& from, const std::filesystem::path& to) {
+  if (::rename(from.c_str(), to.c_str()) != 0) fail_errno(ErrorKind::io, "rename to", to, write_advice());
+}
+
+}  // namespace shardtune

@@ -1,0 +1,64 @@
+#pragma once
+// Collectives between the ranks of one group. Semantics first:
+// - Collective calls: every rank of the group calls the same operations in the same order with matching arguments.
+// - Tensors are contiguous, on the CPU, dtype fp32, fp64, bf16, int64 or uint8 (sums: fp32, fp64, bf16, int64).
+//   A tensor handed over must not be read or written by the caller until the returned Work has been waited for;
+//   the Work keeps it alive.
+// - Sums are taken in a fixed binary tree over the ranks, in fp32 for bf16 tensors (rounded once at the end): every
+//   backend gives the same bits, and every rank gets the same bits.
+// - A Communicator belongs to one thread at a time.
+// - Errors: Error{comm}; after one the Communicator is unusable and the job should end.
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+
+#include <ATen/core/Tensor.h>
+
+namespace shardtune {
+
+enum class ReduceOp { sum, max, min };
+
+// A running collective. Move-only; wait() blocks until the result is in place and rethrows the operation's error.
+// Destroying an unwaited Work waits (a collective cannot be taken back) and swallows the error after logging it.
+class Work {
+ public:
+  Work() = default;  // already complete
+  explicit Work(std::function<void()> wait) : wait_(std::move(wait)) {}
+  Work(Work&& other) noexcept : wait_(std::exchange(other.wait_, nullptr)) {}
+  Work& operator=(Work&& other) noexcept;
+  Work(const Work&) = delete;
+  Work& operator=(const Work&) = delete;
+  ~Work();
+  void wait();
+
+ private:
+  std::function<void()> wait_;
+};
+
+class Communicator {
+ public:
+  using Counts = std::span<const std::int64_t>;  // elements per rank, size() entries; zeros are fine
+
+  virtual ~Communicator() = default;
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+
+  // tensor := reduction over ranks, in place, same bits on all ranks.
+  [[nodiscard]] virtual Work all_reduce(at::Tensor tensor, ReduceOp op) = 0;
+  // out := concatenation of every rank's `in`; counts[r] = in.numel() on rank r; out.numel() = sum of counts.
+  [[nodiscard]] virtual Work all_gather(at::Tensor out, at::Tensor in, Counts counts) = 0;
+  // out := this rank's part of the sum over ranks of `in`; counts[r] elements belong to rank r; in.numel() = sum of counts.
+  [[nodiscard]] virtual Work reduce_scatter(at::Tensor out, at::Tensor in, Counts counts) = 0;
+  // Part r of `in` (in_counts[r] elements) goes to rank r; `out` receives out_counts[r] elements from rank r, in rank order.
+  [[nodiscard]] virtual Work all_to_all(at::Tensor out, Counts out_counts, at::Tensor in, Counts in_counts) = 0;
+  [[nodiscard]] virtual Work broadcast(at::Tensor tensor, int root) = 0;
+  virtual void barrier() = 0;  // blocks
+  // Collective. Ranks of one colour form a group, ordered by (key, rank). Colours are >= 0.
+  virtual std::unique_ptr<Communicator> split(int color, int key) = 0;
+};
+
+// A rank alone: every operation is the identity.
+std::unique_ptr<Communicator> make_self_communicator();
+
+}  // namespace shardtune

@@ -1,0 +1,84 @@
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+#include "core/error.hpp"
+#include "core/handle.hpp"
+#include "core/json.hpp"
+#include "core/rng.hpp"
+
+namespace shardtune {
+namespace {
+
+// Known answers of Random123's kat_vectors for philox4x32-10.
+TEST(Philox, MatchesPublishedKnownAnswers) {
+  EXPECT_EQ(philox4x32(0, 0, 0), (std::array<std::uint32_t, 4>{0x6627e8d5U, 0xe169c58dU, 0xbc57ac4cU, 0x9b00dbd8U}));
+  EXPECT_EQ(philox4x32(~0ULL, ~0ULL, ~0ULL),
+            (std::array<std::uint32_t, 4>{0x408f276dU, 0x41c83b0eU, 0xa20bc7c6U, 0x6d5451fdU}));
+}
+
+TEST(Philox, BoundedNumbersStayBelowTheBoundAndReachAllValues) {
+  PhiloxStream stream(7);
+  std::array<int, 5> seen{};
+  for (int i = 0; i < 1000; ++i) ++seen.at(stream.next_below(5));
+  for (const int count : seen) EXPECT_GT(count, 100);
+}
+
+struct CountingTraits {
+  static inline int destroyed = 0;
+  static int null() noexcept { return 0; }
+  static void destroy(int) noexcept { ++destroyed; }
+};
+
+TEST(UniqueHandle, DestroysEachHandleExactlyOnce) {
+  using Handle = UniqueHandle<int, CountingTraits>;
+  CountingTraits::destroyed = 0;
+  {
+    Handle a(1), b(2);
+    Handle c(std::move(a));
+    b = std::move(c);
+    EXPECT_EQ(CountingTraits::destroyed, 1);
+    EXPECT_EQ(b.get(), 1);
+  }
+  EXPECT_EQ(CountingTraits::destroyed, 2);
+}
+
+std::string message_of(const std::string& text, const JsonLimits& limits = {}) {
+  try {
+    parse_json(text, "f.json", limits);
+  } catch (const Error& e) {
+    EXPECT_EQ(e.kind(), ErrorKind::data);
+    return e.what();
+  }
+  return "";
+}
+
+TEST(Json, RefusesWhatBrokenFilesHoldAndNamesTheFile) {
+  EXPECT_NE(message_of(R"({"a":1,"a":2})").find("f.json: JSON key 'a' appears twice"), std::string::npos);
+  EXPECT_NE(message_of(R"({"a":1} x)").find("f.json"), std::string::npos);
+  EXPECT_NE(message_of("{\"a\":\"\xff\"}").find("f.json"), std::string::npos);
+  EXPECT_NE(message_of(std::string(70, '[') + std::string(70, ']')).find("deeper than 64"), std::string::npos);
+  EXPECT_NE(message_of(std::string(100000, '[')).find("deeper than 64"), std::string::npos);
+  EXPECT_NE(message_of(R"({"a": NaN})"), "");
+}
+
+TEST(Json, ReadsPythonsBareNanWhereAllowed) {
+  const auto value = parse_json(R"({"a": NaN, "b": "NaN", "c": -Infinity})", "f", {.allow_nan = true});
+  EXPECT_TRUE(value["a"].is_null());
+  EXPECT_EQ(value["b"], "NaN");
+}
+
+TEST(Json, TypedAccessNamesKeyAndValue) {
+  const auto object = parse_json(R"({"n": 4.0, "m": 3, "s": "x"})", "config.json");
+  EXPECT_EQ(json_get<std::int64_t>(object, "m", "config.json"), 3);
+  EXPECT_EQ(json_get<double>(object, "m", "config.json"), 3.0);
+  EXPECT_EQ(json_get_or<std::string>(object, "none", "d", "config.json"), "d");
+  try {
+    json_get<std::int64_t>(object, "n", "config.json");
+    FAIL();
+  } catch (const Error& e) {
+    EXPECT_STREQ(e.what(), "config.json: 'n' must be an integer, got 4.0");
+  }
+}
+
+}  // namespace
+}  // namespace shardtune

@@ -1,0 +1,82 @@
+#pragma once
+// The configuration of a run as one value. Names are Hugging Face's; the launcher fills it, validate() checks it.
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace shardtune {
+
+enum class Interval { no, steps, epoch };
+
+struct ModelOptions {
+  std::string model_name_or_path;   // directory in Hugging Face layout, or a checkpoint-<step> directory
+  std::string config_name;          // config.json (or its directory): random initialisation, no weights read
+  std::string tokenizer_name;       // directory of tokenizer.json; empty = the model's
+  std::string task = "text-classification";  // or "causal-lm"
+  std::map<std::string, double> dropout;     // hidden_dropout_prob, attention_probs_dropout_prob, classifier_dropout, attention_dropout
+  std::vector<std::string> freeze;           // parameter name patterns with * and ?: not trained
+};
+
+struct DataOptions {
+  std::string train_file, validation_file, test_file;
+  std::string text_column = "text", text_pair_column, label_column = "label";
+  std::vector<std::string> column_names;     // for CSV/TSV files without a header line
+  std::int64_t max_seq_length = 0;           // 0 = what model and tokenizer allow
+  std::int64_t max_train_samples = 0, max_eval_samples = 0;  // 0 = all
+};
+
+struct TrainOptions {
+  std::string output_dir;
+  bool overwrite_output_dir = false;
+  std::string resume_from_checkpoint;        // empty, "true", "auto" or a checkpoint directory
+  std::string sharding = "ddp";
+  std::string reduction = "tree";
+  std::string loss_normalization = "global";
+  std::int64_t per_device_train_batch_size = 8, per_device_eval_batch_size = 8;
+  std::int64_t gradient_accumulation_steps = 1;
+  std::int64_t global_batch_size = 0;        // 0 = per_device x accumulation x ranks of the first start
+  std::int64_t max_tokens_per_batch = 0;
+  double num_train_epochs = 3.0;
+  std::int64_t max_steps = -1;
+  double learning_rate = 5e-5, weight_decay = 0.0, adam_beta1 = 0.9, adam_beta2 = 0.999, adam_epsilon = 1e-8;
+  double max_grad_norm = 1.0;
+  std::string optim = "adamw_torch";
+  std::string lr_scheduler_type = "linear";  // linear, constant, constant_with_warmup
+  double warmup_steps = 0;                   // below 1: a share of all steps
+  double warmup_ratio = 0;
+  bool bf16 = false;
+  bool gradient_checkpointing = false;
+  std::int64_t seed = 42;
+  std::optional<std::int64_t> data_seed;
+  std::string train_sampling_strategy = "random";
+  bool dataloader_drop_last = false;
+  Interval logging_strategy = Interval::steps;
+  double logging_steps = 500;                // below 1: a share of all steps
+  bool logging_first_step = false;
+  Interval eval_strategy = Interval::no;
+  double eval_steps = 0;                     // 0 = logging_steps
+  bool eval_on_start = false;
+  Interval save_strategy = Interval::steps;
+  double save_steps = 500;
+  std::int64_t save_total_limit = 0;         // 0 = keep all
+  bool load_best_model_at_end = false;
+  std::string metric_for_best_model;         // empty = "loss"
+  std::optional<bool> greater_is_better;
+  bool log_memory = false;
+  bool disable_tqdm = false;
+  std::string log_level = "info";
+  std::int64_t num_threads = 0;              // threads per rank, 0 = cores of the affinity mask / local ranks
+};
+
+struct RunOptions {
+  ModelOptions model;
+  DataOptions data;
+  TrainOptions train;
+};
+
+// Error{config} naming option, value and remedy for everything that can be judged without opening a file.
+void validate(const RunOptions& options);
+
+}  // namespace shardtune
