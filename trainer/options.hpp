@@ -4,6 +4,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace shardtune {
@@ -70,10 +71,22 @@ struct TrainOptions {
   std::int64_t num_threads = 0;              // threads per rank, 0 = cores of the affinity mask / local ranks
 };
 
+// For evaluate, predict and score.
+struct InferenceOptions {
+  std::string input;            // file of rows; empty for evaluate = test_file, else validation_file
+  std::string output;           // empty or "-" = standard output
+  std::string full_logits;      // score: safetensors file of logits.<index> [n, V], fp32
+  std::string save_gradients;   // score: safetensors file of the gradient of the file's mean loss by parameter name
+};
+
 struct RunOptions {
   ModelOptions model;
   DataOptions data;
   TrainOptions train;
+  // Every option with its resolved value as text, in table order; filled by the launcher. Compared between ranks at
+  // start, written beside the results, and the names of those that the user set explicitly.
+  std::vector<std::pair<std::string, std::string>> resolved;
+  std::vector<std::string> explicitly_set;
 };
 
 // Error{config} naming option, value and remedy for everything that can be judged without opening a file.
