@@ -1,0 +1,171 @@
+#include "distributed/parallel/parallel_engine.hpp"
+
+#include <algorithm>
+#include <utility>
+
+#include <ATen/core/grad_mode.h>
+#include <c10/core/ScalarType.h>
+#include <fmt/format.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include "core/error.hpp"
+#include "distributed/parallel/gradient_norm.hpp"
+
+namespace shardtune {
+namespace {
+
+const ParallelOptions& checked(const ParallelOptions& options) {
+  if (options.compute_dtype != at::kFloat && options.compute_dtype != at::kBFloat16) {
+    fail(ErrorKind::config, fmt::format("compute dtype {} is not supported; use fp32 or bf16",
+                                        c10::toString(options.compute_dtype)));
+  }
+  if (!options.plan.is_available) find_sharding_plan(options.plan.name);
+  return options;
+}
+
+}  // namespace
+
+ParallelEngine::ParallelEngine(std::vector<Unit*> units, Communicator& world, ParallelOptions options)
+    : options_(checked(options)),
+      world_(world),
+      reducer_({world_, options_.plan, options_.compute_dtype, memory_}, options_.probe),
+      runner_(options_.gradient_checkpointing, [this](ShardUnit& unit) { complete(unit); }) {
+  for (Unit* unit : units) {
+    units_.push_back(std::make_unique<ShardUnit>(
+        *unit, ShardContext{world_, options_.plan, options_.compute_dtype, memory_}));
+    if (!unit->is_root) runner_.add_unit(*units_.back());
+    for (ShardedParameter& p : units_.back()->parameters()) {
+      parameters_.push_back(&p);
+      if (p.parameter->is_trainable) trainable_.push_back(&p);
+    }
+  }
+  if (trainable_.empty()) {
+    fail(ErrorKind::config, "the model has no trainable parameter; unfreeze at least one before training");
+  }
+}
+
+void ParallelEngine::weights_loaded() {
+  for (const auto& unit : units_) {
+    unit->reshard();
+    unit->gather_masters();
+    unit->refresh_compute_copies();
+  }
+}
+
+void ParallelEngine::gather_like_master(const ShardedParameter& parameter, at::Tensor like_master) {
+  for (const auto& unit : units_) {
+    for (const ShardedParameter& p : unit->parameters()) {
+      if (&p == &parameter) return unit->gather_whole(p, std::move(like_master));
+    }
+  }
+  fail(ErrorKind::internal, "gather_like_master: a parameter of another engine");
+}
+
+std::int64_t ParallelEngine::num_rounds(std::int64_t num_micro_batches) const {
+  return RoundSchedule(options_.plan, world_.size(), num_micro_batches).num_rounds();
+}
+
+std::int64_t ParallelEngine::micro_batch_of_round(std::int64_t num_micro_batches, std::int64_t round) const {
+  return RoundSchedule(options_.plan, world_.size(), num_micro_batches).micro_batch(world_.rank(), round);
+}
+
+void ParallelEngine::expect(Phase phase, const char* call) const {
+  if (phase_ != phase) fail(ErrorKind::internal, fmt::format("ParallelEngine::{} was called out of order", call));
+}
+
+void ParallelEngine::unshard_roots() {
+  for (const auto& unit : units_) {
+    if (unit->unit().is_root) unit->unshard();
+  }
+}
+
+void ParallelEngine::reshard_roots() noexcept {
+  for (const auto& unit : units_) {
+    if (unit->unit().is_root) unit->reshard();
+  }
+}
+
+void ParallelEngine::begin_step(std::int64_t num_micro_batches) {
+  schedule_.emplace(options_.plan, world_.size(), num_micro_batches);
+  reducer_.begin_step(*schedule_);
+  for (const auto& unit : units_) {
+    unit->drop_gradients();
+    unit->release_gradients();
+  }
+  phase_ = Phase::in_step;
+}
+
+void ParallelEngine::begin_micro_batch(std::int64_t round) {
+  expect(Phase::in_step, "begin_micro_batch");
+  check_internal(round >= 0 && round < schedule_->num_rounds(), "begin_micro_batch: no such round");
+  round_ = round;
+  completed_.clear();
+  runner_.begin_micro_batch();
+  unshard_roots();
+  phase_ = Phase::in_micro_batch;
+}
+
+void ParallelEngine::complete(ShardUnit& unit) {
+  expect(Phase::in_micro_batch, "backward");
+  completed_.push_back(&unit);
+  reducer_.add(unit, round_);
+}
+
+void ParallelEngine::backward(const at::Tensor& loss) {
+  expect(Phase::in_micro_batch, "backward");
+  torch::autograd::backward({loss}, {});
+  // Left are the root (its gradients come from the outer graph, complete only now) and units the loss does not depend on.
+  for (const auto& unit : units_) {
+    const bool is_completed = std::find(completed_.begin(), completed_.end(), unit.get()) != completed_.end();
+    if (unit->has_trainable() && !is_completed) complete(*unit);
+  }
+  phase_ = Phase::in_step;
+}
+
+void ParallelEngine::finish_step() {
+  expect(Phase::in_step, "finish_step");
+  reshard_roots();
+  for (const auto& unit : units_) {
+    if (unit->has_trainable()) reducer_.finish(*unit);
+  }
+  phase_ = Phase::finished;
+}
+
+double ParallelEngine::grad_norm() {
+  expect(Phase::finished, "grad_norm");
+  return gradient_norm(world_, trainable_);
+}
+
+void ParallelEngine::scale_gradients(double factor) {
+  expect(Phase::finished, "scale_gradients");
+  const at::NoGradGuard no_grad;
+  for (ShardedParameter* p : trainable_) p->gradient.mul_(factor);
+}
+
+void ParallelEngine::after_optimizer_step() {
+  expect(Phase::finished, "after_optimizer_step");
+  for (const auto& unit : units_) {
+    unit->release_gradients();
+    if (unit->has_trainable()) unit->refresh_compute_copies();
+  }
+  phase_ = Phase::idle;
+}
+
+void ParallelEngine::reset_memory_peaks() noexcept {
+  for (ByteCounter* counter : {&memory_.masters, &memory_.compute, &memory_.gradients, &memory_.partial_sums}) {
+    counter->reset_peak();
+  }
+}
+
+EvaluationScope::EvaluationScope(ParallelEngine& engine) : engine_(engine), had_grad_mode_(at::GradMode::is_enabled()) {
+  engine_.expect(ParallelEngine::Phase::idle, "EvaluationScope");
+  engine_.unshard_roots();
+  at::GradMode::set_enabled(false);
+}
+
+EvaluationScope::~EvaluationScope() {
+  at::GradMode::set_enabled(had_grad_mode_);
+  engine_.reshard_roots();
+}
+
+}  // namespace shardtune

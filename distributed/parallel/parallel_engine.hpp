@@ -1,0 +1,120 @@
+#pragma once
+// The facade of distributed/parallel: cuts a model over the ranks, runs its units, and hands finished gradients to the
+// optimizer. One object per rank; every rank makes the same calls in the same order (what is collective says so).
+//
+// A training step (V micro-batches; see RoundSchedule for who computes which):
+//   engine.begin_step(V);
+//   for (k = 0; k < engine.num_rounds(V); ++k) {
+//     index = engine.micro_batch_of_round(V, k);                // -1: none for this rank in this round
+//     if (index < 0 && !engine.runs_every_round()) continue;
+//     engine.begin_micro_batch(k);
+//     loss = model.forward(index < 0 ? dummy batch : batch of index, engine.runner(), ...);
+//     engine.backward(loss);                                    // the gradients of a dummy batch are discarded
+//   }
+//   engine.finish_step();
+//   norm = engine.grad_norm();  optimizer reads ShardedParameter::gradient, updates ShardedParameter::master
+//   engine.after_optimizer_step();
+// Evaluation: { EvaluationScope scope(engine); per round as above: forward under no-grad; the ranks without a batch run a
+// dummy forward when runs_every_round(). }
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "distributed/parallel/memory_use.hpp"
+#include "distributed/parallel/shard_unit.hpp"
+#include "distributed/parallel/sharded_runner.hpp"
+#include "distributed/parallel/tree_reducer.hpp"
+
+namespace shardtune {
+
+struct ParallelOptions {
+  ShardingPlan plan;                             // from find_sharding_plan
+  at::ScalarType compute_dtype = at::kFloat;     // kFloat or kBFloat16
+  bool gradient_checkpointing = false;           // of every non-root unit
+  GradientProbe probe;                           // tests only
+};
+
+class ParallelEngine {
+ public:
+  // Local. `units` (Model::units()) and `world` outlive the engine. Sets every Parameter::value; masters are undefined
+  // until weights_loaded(). Error{config} for a compute dtype that is not supported, or when nothing is trainable.
+  ParallelEngine(std::vector<Unit*> units, Communicator& world, ParallelOptions options);
+  ParallelEngine(const ParallelEngine&) = delete;
+  ParallelEngine& operator=(const ParallelEngine&) = delete;
+
+  // All parameters in the model's order; stable addresses. trainable(): those with is_trainable.
+  std::span<ShardedParameter* const> parameters() const noexcept { return parameters_; }
+  std::span<ShardedParameter* const> trainable() const noexcept { return trainable_; }
+  UnitRunner& runner() noexcept { return runner_; }
+  const ShardingPlan& plan() const noexcept { return options_.plan; }
+
+  // Collective. Call after every rank has filled its distinct slices, p.slice_of(p.master), of every parameter (at start
+  // and at resume): makes masters whole where the plan keeps them whole, and refreshes the compute copies.
+  void weights_loaded();
+  // Collective, for tensors the optimizer cuts like masters (exp_avg, ...), after their distinct slices were filled.
+  void gather_like_master(const ShardedParameter& parameter, at::Tensor like_master);
+
+  // Rounds: the same for training micro-batches and for evaluation batches. Local.
+  std::int64_t num_rounds(std::int64_t num_micro_batches) const;
+  std::int64_t micro_batch_of_round(std::int64_t num_micro_batches, std::int64_t round) const;
+  // True: a rank without a micro-batch must still run one (its collectives are the others'). False: it must not.
+  bool runs_every_round() const noexcept { return options_.plan.reshard_after_forward; }
+
+  void begin_step(std::int64_t num_micro_batches);  // local; drops what an abandoned step left
+  // Collective where runs_every_round(); gathers the root unit for the rest of the step.
+  void begin_micro_batch(std::int64_t round);
+  // Runs autograd from `loss` (a scalar that requires grad) and completes every unit. Collective where runs_every_round().
+  void backward(const at::Tensor& loss);
+  // Collective. Afterwards every trainable parameter has its gradient: the sum over all V micro-batches. Frees the root.
+  void finish_step();
+  // Collective; between finish_step() and after_optimizer_step(). L2 norm of all gradients, same bits everywhere.
+  double grad_norm();
+  // Local. Multiplies the gradients in place (an optimizer may take the factor itself instead).
+  void scale_gradients(double factor);
+  // Local. Frees the gradients and refreshes the compute copies from the masters. Also for a skipped step.
+  void after_optimizer_step();
+
+  const MemoryUse& memory() const noexcept { return memory_; }
+  void reset_memory_peaks() noexcept;
+  std::span<const std::unique_ptr<ShardUnit>> units() const noexcept { return units_; }
+
+ private:
+  friend class EvaluationScope;
+  enum class Phase { idle, in_step, in_micro_batch, finished };
+
+  void complete(ShardUnit& unit);
+  void reshard_roots() noexcept;
+  void unshard_roots();
+  void expect(Phase phase, const char* call) const;
+
+  ParallelOptions options_;
+  Communicator& world_;
+  MemoryUse memory_;
+  std::vector<std::unique_ptr<ShardUnit>> units_;   // in the model's order
+  std::vector<ShardedParameter*> parameters_;
+  std::vector<ShardedParameter*> trainable_;
+  TreeReducer reducer_;
+  ShardedRunner runner_;
+  Phase phase_ = Phase::idle;
+  std::optional<RoundSchedule> schedule_;
+  std::int64_t round_ = 0;
+  std::vector<const ShardUnit*> completed_;         // in this micro-batch
+};
+
+// Gathers the root unit for a stretch of evaluation and sets no-grad mode. Construction is collective, destruction local.
+// Not inside a training step.
+class EvaluationScope {
+ public:
+  explicit EvaluationScope(ParallelEngine& engine);
+  ~EvaluationScope();
+  EvaluationScope(const EvaluationScope&) = delete;
+  EvaluationScope& operator=(const EvaluationScope&) = delete;
+
+ private:
+  ParallelEngine& engine_;
+  bool had_grad_mode_;
+};
+
+}  // namespace shardtune

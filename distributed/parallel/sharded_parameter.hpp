@@ -1,0 +1,40 @@
+#pragma once
+// One weight tensor as a rank holds it. What optimizer, weight loading and checkpoint see of the parallel engine.
+#include <cstdint>
+#include <string>
+
+#include <ATen/core/Tensor.h>
+
+#include "distributed/parallel/block_layout.hpp"
+#include "models/unit.hpp"
+
+namespace shardtune {
+
+struct ShardedParameter {
+  ShardedParameter(Parameter& source, int num_ranks, int own_rank)
+      : parameter(&source), layout(source.numel(), num_ranks), rank(own_rank) {}
+
+  Parameter* parameter;       // not owned: name, shape, is_norm, is_trainable, value
+  BlockLayout layout;         // over all ranks, the same for every plan
+  int rank;
+  // fp32, 1-d, contiguous. ddp: the whole parameter; zero3: this rank's slice (possibly empty).
+  at::Tensor master;
+  std::int64_t master_offset = 0;  // first element of `master` in the flat parameter
+  // Cut like `master`, fp32. Defined between ParallelEngine::finish_step() and after_optimizer_step(), trainable only.
+  at::Tensor gradient;
+
+  // The distinct slice of this rank: over all ranks these cover the flat parameter exactly once, under every plan.
+  std::int64_t slice_offset() const noexcept { return layout.begin(rank); }
+  std::int64_t slice_numel() const noexcept { return layout.size(rank); }
+  // View of the distinct slice in a tensor that is cut like `master` (master, gradient, exp_avg, exp_avg_sq).
+  at::Tensor slice_of(const at::Tensor& like_master) const {
+    return like_master.narrow(0, slice_offset() - master_offset, slice_numel());
+  }
+};
+
+// Hugging Face's rule for its two optimizer groups (Trainer.get_decay_parameter_names of transformers 5): no weight
+// decay for parameters of normalisation layers and for names that match
+// bias | layernorm | rmsnorm | (^|.)norm($|.) | _norm($|.), whatever the case.
+bool has_weight_decay(const Parameter& parameter);
+
+}  // namespace shardtune

@@ -1,0 +1,213 @@
+// Block layout, canonical tree, round schedule, plan table, decay groups, norms: the parts that need no second rank.
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <set>
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include "core/error.hpp"
+#include "core/rng.hpp"
+#include "distributed/parallel/block_layout.hpp"
+#include "distributed/parallel/gradient_norm.hpp"
+#include "distributed/parallel/sharding_plan.hpp"
+#include "distributed/parallel/tree_accumulator.hpp"
+#include "distributed/parallel/tree_reducer.hpp"
+
+namespace shardtune {
+namespace {
+
+at::Tensor random_tensor(std::uint64_t key, std::int64_t numel) {
+  PhiloxStream random(key);
+  at::Tensor tensor = at::empty({numel}, at::kFloat);
+  for (std::int64_t i = 0; i < numel; ++i) tensor.mutable_data_ptr<float>()[i] = static_cast<float>(random.next_normal());
+  return tensor;
+}
+
+TEST(BlockLayout, SlicesCoverEveryElementOnceAndStartOnBlocks) {
+  for (const std::int64_t numel : {0, 1, 255, 256, 257, 4040, 100'003, 1 << 20, (1 << 20) + 1, 11'720'448}) {
+    for (const int ranks : {1, 2, 3, 5, 8, 64}) {
+      const BlockLayout layout(numel, ranks);
+      EXPECT_LE(layout.num_blocks(), 4096);
+      std::int64_t next = 0;
+      std::int64_t blocks = 0;
+      for (int rank = 0; rank < ranks; ++rank) {
+        EXPECT_EQ(layout.begin(rank), next);
+        EXPECT_TRUE(layout.begin(rank) % 256 == 0 || layout.size(rank) == 0);
+        next += layout.size(rank);
+        blocks += layout.num_blocks_of(rank);
+      }
+      EXPECT_EQ(next, numel);
+      EXPECT_EQ(blocks, layout.num_blocks());
+    }
+  }
+}
+
+TEST(BlockLayout, BlockSizeDependsOnTheParameterAlone) {
+  EXPECT_EQ(block_numel(1), 256);
+  EXPECT_EQ(block_numel(1 << 20), 256);
+  EXPECT_EQ(block_numel((1 << 20) + 1), 512);
+  EXPECT_EQ(block_numel(11'720'448), 4096);
+}
+
+at::Tensor recursive_sum(const std::vector<at::Tensor>& leaves, std::size_t begin, std::size_t width) {
+  if (width == 1) return leaves[begin];
+  const at::Tensor left = recursive_sum(leaves, begin, width / 2);
+  return begin + width / 2 < leaves.size() ? left + recursive_sum(leaves, begin + width / 2, width / 2) : left;
+}
+
+TEST(TreeAccumulator, AnyOrderOfArrivalGivesTheBitsOfTheRecursiveTree) {
+  PhiloxStream random(1);
+  for (const std::int64_t leaves : {1, 2, 3, 5, 6, 7, 8, 13, 16, 21}) {
+    std::vector<at::Tensor> values;
+    for (std::int64_t i = 0; i < leaves; ++i) values.push_back(random_tensor(100 + static_cast<std::uint64_t>(i), 37));
+    std::size_t width = 1;
+    while (width < values.size()) width *= 2;
+    const at::Tensor wanted = recursive_sum(values, 0, width).clone();
+    for (int trial = 0; trial < 10; ++trial) {
+      std::vector<std::int64_t> order;
+      for (std::int64_t i = 0; i < leaves; ++i) {
+        order.insert(order.begin() + static_cast<std::ptrdiff_t>(random.next_below(order.size() + 1)), i);
+      }
+      TreeAccumulator tree(leaves);
+      for (const std::int64_t i : order) {
+        EXPECT_FALSE(tree.is_complete());
+        tree.add({0, i}, values[static_cast<std::size_t>(i)].clone());
+      }
+      ASSERT_TRUE(tree.is_complete());
+      EXPECT_TRUE(at::equal(tree.take_root(), wanted)) << leaves << " leaves";
+    }
+  }
+}
+
+TEST(TreeAccumulator, ASubrangeLeavesExactlyItsCoveringNodes) {
+  for (std::int64_t leaves = 1; leaves <= 17; ++leaves) {
+    for (std::int64_t begin = 0; begin <= leaves; ++begin) {
+      for (std::int64_t end = begin; end <= leaves; ++end) {
+        TreeAccumulator tree(leaves);
+        for (std::int64_t i = begin; i < end; ++i) tree.add({0, i}, at::ones({1}));
+        std::vector<TreeNode> held;
+        for (const auto& [node, tensor] : tree.take_nodes()) held.push_back(node);
+        EXPECT_EQ(held, covering_nodes(begin, end, leaves)) << begin << " " << end << " of " << leaves;
+      }
+    }
+  }
+}
+
+TEST(TreeAccumulator, LeavesInOrderHoldLogarithmicallyManyPartials) {
+  TreeAccumulator tree(1000);
+  std::int64_t peak = 0;
+  for (std::int64_t i = 0; i < 1000; ++i) {
+    tree.add({0, i}, at::ones({1}));
+    peak = std::max(peak, tree.num_bytes() / 4);
+  }
+  EXPECT_EQ(tree.take_root().item<float>(), 1000.0F);
+  EXPECT_LE(peak, 10);
+}
+
+TEST(TreeAccumulator, KeepsNoLargerBufferAlive) {
+  TreeAccumulator tree(2);
+  tree.add({0, 0}, at::ones({1000}).narrow(0, 10, 20));
+  const auto nodes = tree.take_nodes();
+  EXPECT_EQ(nodes.front().second.storage().nbytes(), 80U);
+}
+
+TEST(TreeAccumulator, RefusesWhatIsNoPartOfTheTree) {
+  TreeAccumulator tree(5);
+  EXPECT_THROW(tree.add({0, 5}, at::ones({1})), Error);
+  EXPECT_THROW(tree.add({4, 0}, at::ones({1})), Error);
+  EXPECT_THROW(tree.add({0, -1}, at::ones({1})), Error);
+  tree.add({0, 2}, at::ones({1}));
+  EXPECT_THROW(tree.add({0, 2}, at::ones({1})), Error);
+  EXPECT_THROW(tree.take_root(), Error);
+}
+
+TEST(RoundSchedule, EveryMicroBatchIsDealtOnceUnderEveryPlan) {
+  for (const char* name : {"ddp", "zero3"}) {
+    for (const int ranks : {1, 2, 3, 4, 7}) {
+      for (const std::int64_t v : {1, 2, 3, 5, 7, 8, 12}) {
+        const RoundSchedule schedule(find_sharding_plan(name), ranks, v);
+        EXPECT_EQ(schedule.num_rounds(), (v + ranks - 1) / ranks);
+        std::multiset<std::int64_t> dealt;
+        for (int rank = 0; rank < ranks; ++rank) {
+          for (std::int64_t round = 0; round < schedule.num_rounds(); ++round) {
+            if (schedule.micro_batch(rank, round) >= 0) dealt.insert(schedule.micro_batch(rank, round));
+          }
+        }
+        EXPECT_EQ(dealt.size(), static_cast<std::size_t>(v));
+        for (std::int64_t i = 0; i < v; ++i) EXPECT_EQ(dealt.count(i), 1U);
+      }
+    }
+  }
+}
+
+std::string message_of_plan(const char* name) {
+  try {
+    find_sharding_plan(name);
+  } catch (const Error& error) {
+    EXPECT_EQ(error.kind(), ErrorKind::config);
+    return error.what();
+  }
+  return "";
+}
+
+TEST(ShardingPlan, TableHoldsFiveRowsAndOnlyWorkingPlansAreFound) {
+  EXPECT_EQ(sharding_plans().size(), 5U);
+  EXPECT_EQ(find_sharding_plan("ddp").name, "ddp");
+  EXPECT_EQ(find_sharding_plan("zero3").name, "zero3");
+  for (const char* later : {"zero1", "zero2", "hsdp"}) {
+    EXPECT_NE(message_of_plan(later).find("arrives with a later version; use ddp or zero3"), std::string::npos);
+    EXPECT_NE(message_of_plan(later).find(later), std::string::npos);
+  }
+}
+
+TEST(ShardingPlan, UnknownNamesSuggestTheNearest) {
+  EXPECT_NE(message_of_plan("zero-3").find("did you mean 'zero3'"), std::string::npos);
+  EXPECT_NE(message_of_plan("dpp").find("did you mean 'ddp'"), std::string::npos);
+  EXPECT_NE(message_of_plan("fsdp").find("did you mean"), std::string::npos);
+}
+
+TEST(WeightDecay, FollowsTheRuleOfHuggingFace) {
+  const auto decays = [](const char* name, bool is_norm = false) {
+    Parameter parameter;
+    parameter.name = name;
+    parameter.is_norm = is_norm;
+    return has_weight_decay(parameter);
+  };
+  EXPECT_TRUE(decays("bert.encoder.layer.0.output.dense.weight"));
+  EXPECT_FALSE(decays("bert.encoder.layer.0.output.dense.bias"));
+  EXPECT_FALSE(decays("bert.encoder.layer.0.output.LayerNorm.weight"));
+  EXPECT_FALSE(decays("model.layers.0.input_layernorm.weight"));
+  EXPECT_FALSE(decays("model.norm.weight"));
+  EXPECT_FALSE(decays("norm.weight"));
+  EXPECT_FALSE(decays("model.layers.0.self_attn.q_norm.weight"));
+  EXPECT_FALSE(decays("model.ln_f.weight", /*is_norm=*/true));
+  EXPECT_TRUE(decays("model.normalizer.weight"));
+  EXPECT_TRUE(decays("model.abnorm.weight"));
+  EXPECT_TRUE(decays("score.weight"));
+}
+
+TEST(GradientNorm, SumsOfSquaresAreExactToDoubleRounding) {
+  const at::Tensor values = random_tensor(5, 1003);
+  const double wanted = values.to(at::kDouble).square().sum().item<double>();
+  EXPECT_NEAR(sum_of_squares(values.const_data_ptr<float>(), values.numel()), wanted, 1e-12 * wanted);
+  EXPECT_EQ(sum_of_squares(nullptr, 0), 0.0);
+}
+
+TEST(GradientNorm, TreeSumIsPairwise) {
+  EXPECT_EQ(tree_sum({}), 0.0);
+  EXPECT_EQ(tree_sum({3.0}), 3.0);
+  // 1e16 swallows a lone 1: ((1e16 + 1) + (1 + 1)) + 1 in pairs, not from left to right.
+  EXPECT_EQ(tree_sum({1e16, 1.0, 1.0, 1.0, 1.0}), ((1e16 + 1.0) + (1.0 + 1.0)) + 1.0);
+  EXPECT_NE(tree_sum({1e16, 1.0, 1.0, 1.0, 1.0}), 1e16);
+}
+
+TEST(GradientNorm, ClipFactorIsThatOfTorch) {
+  EXPECT_EQ(clip_factor(0.5, 1.0), 1.0);
+  EXPECT_DOUBLE_EQ(clip_factor(4.0, 1.0), 1.0 / (4.0 + 1e-6));
+  EXPECT_EQ(clip_factor(4.0, 0.0), 1.0);
+}
+
+}  // namespace
+}  // namespace shardtune
