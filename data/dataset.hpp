@@ -30,6 +30,7 @@ struct DatasetOptions {
   std::string text_column = "text";
   std::string text_pair_column;          // empty = single text
   std::string label_column = "label";
+  std::vector<std::string> column_names; // of CSV and TSV files without a header line
   bool require_labels = true;            // false: rows may lack the label column altogether (predict)
   std::int64_t max_length = 0;           // truncation in tokens, special tokens counted
   std::int64_t max_rows = 0;             // 0 = all

@@ -1,0 +1,59 @@
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+#include "core/error.hpp"
+#include "trainer/metrics.hpp"
+#include "trainer/observer.hpp"
+#include "trainer/schedule.hpp"
+
+namespace shardtune {
+namespace {
+
+// Values of transformers' get_scheduler("linear", num_warmup_steps=2, num_training_steps=7) with lr 1.
+TEST(Schedule, LinearWithWarmupGivesHuggingFacesRates) {
+  const LearningRateSchedule schedule("linear", 1.0, 2, 7);
+  const double expected[] = {0.0, 0.5, 1.0, 0.8, 0.6, 0.4, 0.2, 0.0};
+  for (int step = 0; step < 8; ++step) EXPECT_DOUBLE_EQ(schedule.at(step), expected[step]) << step;
+}
+
+TEST(Schedule, ConstantKindsStayConstantAfterWarmup) {
+  EXPECT_EQ(LearningRateSchedule("constant", 0.5, 3, 5).at(0), 0.5);
+  const LearningRateSchedule warm("constant_with_warmup", 0.5, 4, 5);
+  EXPECT_EQ(warm.at(1), 0.125);
+  EXPECT_EQ(warm.at(4), 0.5);
+  EXPECT_EQ(warm.at(100), 0.5);
+  EXPECT_THROW(LearningRateSchedule("cosine", 1, 0, 1), Error);
+}
+
+TEST(Schedule, SharesOfAllStepsRoundUpAsInHuggingFace) {
+  EXPECT_EQ(resolve_warmup(0, 0.1, 101), 11);
+  EXPECT_EQ(resolve_warmup(0.1, 0, 101), 11);
+  EXPECT_EQ(resolve_warmup(5, 0, 101), 5);
+  EXPECT_EQ(resolve_interval(0.25, 10), 3);
+  EXPECT_EQ(resolve_interval(500, 10), 500);
+}
+
+// sklearn.metrics.f1_score([0,0,1,1,2,2,2],[0,1,1,1,2,0,2], average="macro")
+TEST(Metrics, MacroF1IsScikitLearns) {
+  const std::vector<std::int64_t> expected{0, 0, 1, 1, 2, 2, 2}, predicted{0, 1, 1, 1, 2, 0, 2};
+  EXPECT_NEAR(macro_f1(predicted, expected), (0.5 + 0.8 + 0.8) / 3, 1e-12);
+  EXPECT_NEAR(accuracy(predicted, expected), 5.0 / 7, 1e-12);
+  EXPECT_EQ(macro_f1({3}, {1}), 0.0);
+}
+
+TEST(MetricsWriter, DropsRecordsAfterTheResumedStepAndCutLines) {
+  const auto directory = std::filesystem::path(testing::TempDir()) / "metrics_writer";
+  std::filesystem::create_directories(directory);
+  std::ofstream(directory / "metrics.jsonl") << "{\"step\": 1}\n{\"step\": 2}\n{\"step\": 3}\n{\"ste";
+  make_metrics_writer(directory, 2)->on_record({{"step", 3}, {"loss", 0.1}, {"grad_norm", std::nan("")}});
+  std::ifstream in(directory / "metrics.jsonl");
+  std::string text((std::istreambuf_iterator<char>(in)), {});
+  EXPECT_EQ(text, "{\"step\": 1}\n{\"step\": 2}\n{\"grad_norm\": null, \"loss\": 0.1, \"step\": 3}\n");
+}
+
+}  // namespace
+}  // namespace shardtune

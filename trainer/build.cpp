@@ -1,0 +1,136 @@
+#include "trainer/build.hpp"
+
+#include <fnmatch.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include "checkpoint/checkpoint_store.hpp"
+#include "core/error.hpp"
+#include "core/log.hpp"
+#include "distributed/comm/exchange.hpp"
+#include "distributed/parallel/sharding_plan.hpp"
+#include "trainer/checkpointing.hpp"
+#include "trainer/schedule.hpp"
+#include "trainer/weights.hpp"
+
+namespace shardtune {
+
+void check_same_options(const RunOptions& options, Communicator& world) {
+  nlohmann::json own = options.resolved;
+  const std::vector<std::string> all = all_gather_strings(world, own.dump());
+  const nlohmann::json reference = nlohmann::json::parse(all.front());
+  for (std::size_t rank = 1; rank < all.size(); ++rank) {
+    if (all[rank] == all.front()) continue;
+    const nlohmann::json other = nlohmann::json::parse(all[rank]);
+    for (std::size_t i = 0; i < std::min(reference.size(), other.size()); ++i) {
+      if (reference[i] == other[i]) continue;
+      fail(ErrorKind::config, fmt::format("ranks were started with different configurations: --{} is '{}' on rank 0 and '{}' on "
+                                          "rank {}; give all ranks the same options and configuration file",
+                                          reference[i][0].get<std::string>(), reference[i][1].get<std::string>(),
+                                          other[i][1].get<std::string>(), rank));
+    }
+    fail(ErrorKind::config, fmt::format("rank {} runs another version of shardtune than rank 0", rank));
+  }
+}
+
+DatasetOptions dataset_options(const RunOptions& options, const std::string& file, std::int64_t max_length) {
+  DatasetOptions result;
+  result.file = file;
+  result.text_column = options.data.text_column;
+  result.text_pair_column = options.data.text_pair_column;
+  result.label_column = options.data.label_column;
+  result.column_names = options.data.column_names;
+  result.max_length = max_length;
+  return result;
+}
+
+std::unique_ptr<Dataset> build_dataset(const DatasetOptions& options, const std::string& task,
+                                       const std::vector<std::string>& labels, const Tokenizer& tokenizer) {
+  if (task == "causal-lm") return make_causal_lm_dataset(options, tokenizer);
+  return make_classification_dataset(options, labels, tokenizer);
+}
+
+void freeze_parameters(Model& model, const std::vector<std::string>& patterns) {
+  for (const std::string& pattern : patterns) {
+    bool has_match = false;
+    for (Unit* unit : model.units()) {
+      for (Parameter* parameter : unit->parameters) {
+        if (::fnmatch(pattern.c_str(), parameter->name.c_str(), 0) != 0) continue;
+        parameter->is_trainable = false;
+        has_match = true;
+      }
+    }
+    if (!has_match)
+      fail(ErrorKind::config, fmt::format("--freeze = {}: no parameter has such a name (patterns take * and ?, e.g. "
+                                          "'{}')",
+                                          pattern, model.units().front()->parameters.front()->name));
+  }
+}
+
+LoadedModel load_for_inference(const RunOptions& options, Communicator& world) {
+  LoadedModel loaded;
+  loaded.source = find_model_source(options.model);
+  loaded.labels = config_labels(loaded.source.config);
+  loaded.model = build_model(loaded.source, options.model, loaded.labels);
+  loaded.tokenizer = build_tokenizer(loaded.source);
+  loaded.max_length = resolve_max_length(options.data, *loaded.model, loaded.source);
+  loaded.engine = std::make_unique<ParallelEngine>(
+      loaded.model->units(), world,
+      ParallelOptions{.plan = find_sharding_plan(options.train.sharding),
+                      .compute_dtype = options.train.bf16 ? at::kBFloat16 : at::kFloat});
+  const auto seed = static_cast<std::uint64_t>(options.train.seed);
+  if (!loaded.source.checkpoint_dir.empty()) {
+    CheckpointStore store(loaded.source.checkpoint_dir.parent_path(), world);
+    load_checkpoint(store, loaded.source.checkpoint_dir, *loaded.engine, nullptr);
+  } else if (!loaded.source.weights_dir.empty()) {
+    const WeightReport report = load_pretrained(loaded.source.weights_dir, *loaded.model, *loaded.engine, seed);
+    if (!report.newly_initialized.empty())
+      log::warn("{}: no weights for {}; they are random, so the results mean nothing before training",
+                loaded.source.weights_dir.string(), fmt::join(report.newly_initialized, ", "));
+  } else {
+    initialize_randomly(*loaded.engine, seed);
+  }
+  return loaded;
+}
+
+LoaderOptions loader_options(const RunIdentity& identity, const Model& model) {
+  return {.global_batch_size = identity.global_batch_size,
+          .micro_batch_size = identity.per_device_train_batch_size,
+          .max_tokens_per_batch = identity.max_tokens_per_batch,
+          .drop_last = identity.dataloader_drop_last,
+          .strategy = identity.train_sampling_strategy == "sequential" ? SamplingStrategy::sequential : SamplingStrategy::random,
+          .seed = static_cast<std::uint64_t>(identity.data_seed),
+          .want_token_types = model.uses_token_types()};
+}
+
+TrainerSettings trainer_settings(const RunOptions& options, std::int64_t steps_per_epoch) {
+  const TrainOptions& train = options.train;
+  TrainerSettings settings;
+  settings.steps_per_epoch = steps_per_epoch;
+  settings.max_steps = train.max_steps > 0 ? train.max_steps
+                                           : static_cast<std::int64_t>(std::ceil(train.num_train_epochs * static_cast<double>(steps_per_epoch)));
+  const auto interval = [&](Interval strategy, double steps) -> std::int64_t {
+    if (strategy == Interval::no) return 0;
+    return strategy == Interval::epoch ? steps_per_epoch : resolve_interval(steps, settings.max_steps);
+  };
+  settings.logging_steps = interval(train.logging_strategy, train.logging_steps);
+  settings.eval_steps = interval(train.eval_strategy, train.eval_steps > 0 ? train.eval_steps : train.logging_steps);
+  settings.save_steps = interval(train.save_strategy, train.save_steps);
+  settings.logging_first_step = train.logging_first_step;
+  settings.eval_on_start = train.eval_on_start;
+  settings.save_at_end = train.save_strategy != Interval::no;
+  settings.log_memory = train.log_memory;
+  settings.max_grad_norm = train.max_grad_norm;
+  settings.seed = static_cast<std::uint64_t>(train.seed);
+  settings.load_best_model_at_end = train.load_best_model_at_end;
+  const std::string metric = train.metric_for_best_model.empty() ? "loss" : train.metric_for_best_model;
+  settings.metric_for_best_model = metric.starts_with("eval_") ? metric : "eval_" + metric;
+  settings.greater_is_better = train.greater_is_better.value_or(!metric.ends_with("loss"));
+  return settings;
+}
+
+}  // namespace shardtune

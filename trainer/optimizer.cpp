@@ -1,0 +1,40 @@
+#include "trainer/optimizer.hpp"
+
+#include <ATen/ATen.h>
+
+#include "kernels/adamw.hpp"
+
+namespace shardtune {
+
+AdamW::AdamW(ParallelEngine& engine, const AdamWSettings& settings) : settings_(settings) {
+  for (ShardedParameter* p : engine.trainable()) {
+    states_.push_back({.parameter = p,
+                       .exp_avg = at::zeros_like(p->master),
+                       .exp_avg_sq = at::zeros_like(p->master),
+                       .decays = has_weight_decay(*p->parameter)});
+  }
+}
+
+void AdamW::step(double learning_rate, double gradient_scale, std::int64_t step) {
+  for (State& state : states_) {
+    adamw_step({.param = state.parameter->master,
+                .exp_avg = state.exp_avg,
+                .exp_avg_sq = state.exp_avg_sq,
+                .grad = state.parameter->gradient},
+               {.lr = learning_rate,
+                .beta1 = settings_.beta1,
+                .beta2 = settings_.beta2,
+                .eps = settings_.epsilon,
+                .weight_decay = state.decays ? settings_.weight_decay : 0.0,
+                .step = step,
+                .grad_scale = gradient_scale});
+  }
+}
+
+std::int64_t AdamW::state_bytes() const {
+  std::int64_t bytes = 0;
+  for (const State& state : states_) bytes += 2 * state.exp_avg.numel() * static_cast<std::int64_t>(sizeof(float));
+  return bytes;
+}
+
+}  // namespace shardtune

@@ -1,0 +1,167 @@
+#include "trainer/run_state.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+
+#include <ATen/Version.h>
+#include <ATen/Parallel.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <torch/headeronly/version.h>
+
+#include "core/error.hpp"
+#include "core/hash.hpp"
+#include "core/json.hpp"
+
+namespace shardtune {
+namespace {
+
+bool is_explicit(const RunOptions& options, const std::string& name) {
+  return std::find(options.explicitly_set.begin(), options.explicitly_set.end(), name) != options.explicitly_set.end();
+}
+
+template <class T>
+void keep_or_refuse(const char* name, const T& stored, const T& now, const RunOptions& options) {
+  if (stored == now || !is_explicit(options, name)) return;
+  fail(ErrorKind::config,
+       fmt::format("--{} = {} contradicts the run being resumed, which was started with {}; leave the option out, or "
+                   "start a new run in another --output_dir",
+                   name, now, stored));
+}
+
+}  // namespace
+
+nlohmann::json RunIdentity::to_json() const {
+  return {{"run_id", run_id},
+          {"task", task},
+          {"model_hash", model_hash},
+          {"labels", labels},
+          {"data_hash", data_hash},
+          {"global_batch_size", global_batch_size},
+          {"per_device_train_batch_size", per_device_train_batch_size},
+          {"gradient_accumulation_steps", gradient_accumulation_steps},
+          {"max_tokens_per_batch", max_tokens_per_batch},
+          {"max_seq_length", max_seq_length},
+          {"seed", seed},
+          {"data_seed", data_seed},
+          {"train_sampling_strategy", train_sampling_strategy},
+          {"dataloader_drop_last", dataloader_drop_last}};
+}
+
+RunIdentity RunIdentity::from_json(const nlohmann::json& json, const std::string& origin) {
+  RunIdentity id;
+  const auto integer = [&](const char* key) { return json_get<std::int64_t>(json, key, origin); };
+  const auto text = [&](const char* key) { return json_get<std::string>(json, key, origin); };
+  id.run_id = text("run_id");
+  id.task = text("task");
+  id.model_hash = text("model_hash");
+  id.data_hash = text("data_hash");
+  for (const auto& label : json.at("labels")) id.labels.push_back(label.get<std::string>());
+  id.global_batch_size = integer("global_batch_size");
+  id.per_device_train_batch_size = integer("per_device_train_batch_size");
+  id.gradient_accumulation_steps = integer("gradient_accumulation_steps");
+  id.max_tokens_per_batch = integer("max_tokens_per_batch");
+  id.max_seq_length = integer("max_seq_length");
+  id.seed = integer("seed");
+  id.data_seed = integer("data_seed");
+  id.train_sampling_strategy = text("train_sampling_strategy");
+  id.dataloader_drop_last = json_get<bool>(json, "dataloader_drop_last", origin);
+  return id;
+}
+
+RunIdentity fresh_identity(const RunOptions& options, int num_ranks) {
+  const TrainOptions& train = options.train;
+  RunIdentity id;
+  id.run_id = to_hex(std::random_device{}()).substr(8);
+  id.task = options.model.task;
+  id.per_device_train_batch_size = train.per_device_train_batch_size;
+  id.gradient_accumulation_steps = train.gradient_accumulation_steps;
+  id.global_batch_size = train.global_batch_size > 0 ? train.global_batch_size
+                                                     : train.per_device_train_batch_size *
+                                                           train.gradient_accumulation_steps * num_ranks;
+  id.max_tokens_per_batch = train.max_tokens_per_batch;
+  id.max_seq_length = options.data.max_seq_length;
+  id.seed = train.seed;
+  id.data_seed = train.data_seed.value_or(train.seed);
+  id.train_sampling_strategy = train.train_sampling_strategy;
+  id.dataloader_drop_last = train.dataloader_drop_last;
+  return id;
+}
+
+void check_resumable(const RunIdentity& stored, const RunIdentity& now, const RunOptions& options) {
+  keep_or_refuse("global_batch_size", stored.global_batch_size, now.global_batch_size, options);
+  keep_or_refuse("per_device_train_batch_size", stored.per_device_train_batch_size, now.per_device_train_batch_size, options);
+  keep_or_refuse("gradient_accumulation_steps", stored.gradient_accumulation_steps, now.gradient_accumulation_steps, options);
+  keep_or_refuse("max_tokens_per_batch", stored.max_tokens_per_batch, now.max_tokens_per_batch, options);
+  keep_or_refuse("max_seq_length", stored.max_seq_length, now.max_seq_length, options);
+  keep_or_refuse("seed", stored.seed, now.seed, options);
+  keep_or_refuse("data_seed", stored.data_seed, now.data_seed, options);
+  keep_or_refuse("train_sampling_strategy", stored.train_sampling_strategy, now.train_sampling_strategy, options);
+  keep_or_refuse("dataloader_drop_last", stored.dataloader_drop_last, now.dataloader_drop_last, options);
+  if (stored.task != now.task)
+    fail(ErrorKind::config, fmt::format("--task = {} contradicts the run being resumed ({})", now.task, stored.task));
+  if (stored.model_hash != now.model_hash)
+    fail(ErrorKind::data,
+         "the checkpoint belongs to another model: its configuration differs from the one given by --model_name_or_path "
+         "(or dropout options changed); resume with the model the run was started with");
+  if (stored.labels != now.labels)
+    fail(ErrorKind::data, fmt::format("the labels of the training data changed: the run was started with [{}], the data "
+                                      "now has [{}]",
+                                      fmt::join(stored.labels, ", "), fmt::join(now.labels, ", ")));
+  if (stored.data_hash != now.data_hash)
+    fail(ErrorKind::data, "--train_file changed since the run was started; restore it, or start a new run in another --output_dir");
+}
+
+nlohmann::json describe_environment(const RunOptions& options) {
+  return {{"torch", TORCH_VERSION},
+          {"cpu", at::get_cpu_capability()},
+          {"threads_per_rank", at::get_num_threads()},
+          {"bf16", options.train.bf16}};
+}
+
+std::vector<std::string> environment_differences(const nlohmann::json& stored, const nlohmann::json& now) {
+  std::vector<std::string> differences;
+  for (const auto& [key, value] : now.items())
+    if (!stored.contains(key) || stored.at(key) != value)
+      differences.push_back(fmt::format("{}: {} before, {} now", key, stored.contains(key) ? stored.at(key).dump() : "?",
+                                        value.dump()));
+  return differences;
+}
+
+nlohmann::json RunState::to_json() const {
+  return {{"identity", identity.to_json()},
+          {"step", step},
+          {"cursor", {{"epoch", cursor.epoch}, {"step_in_epoch", cursor.step_in_epoch}}},
+          {"tokens_seen", tokens_seen},
+          {"samples_seen", samples_seen},
+          {"loss_sum", loss_sum},
+          {"best_metric", std::isnan(best_metric) ? nlohmann::json() : nlohmann::json(best_metric)},
+          {"best_step", best_step},
+          {"log_history", log_history},
+          {"interval_loss_sum", interval_loss_sum},
+          {"interval_steps", interval_steps}};
+}
+
+RunState RunState::from_json(const nlohmann::json& json, const std::string& origin) {
+  RunState state;
+  try {
+    state.identity = RunIdentity::from_json(json.at("identity"), origin);
+    state.step = json_get<std::int64_t>(json, "step", origin);
+    state.cursor.epoch = json_get<std::int64_t>(json.at("cursor"), "epoch", origin);
+    state.cursor.step_in_epoch = json_get<std::int64_t>(json.at("cursor"), "step_in_epoch", origin);
+    state.tokens_seen = json_get<std::int64_t>(json, "tokens_seen", origin);
+    state.samples_seen = json_get<std::int64_t>(json, "samples_seen", origin);
+    state.loss_sum = json_get<double>(json, "loss_sum", origin);
+    state.best_metric = json_get_or<double>(json, "best_metric", state.best_metric, origin);
+    state.best_step = json_get<std::int64_t>(json, "best_step", origin);
+    state.log_history = json.at("log_history");
+    state.interval_loss_sum = json_get<double>(json, "interval_loss_sum", origin);
+    state.interval_steps = json_get<std::int64_t>(json, "interval_steps", origin);
+  } catch (const nlohmann::json::exception& e) {
+    fail(ErrorKind::data, fmt::format("{}: the run state is incomplete: {}", origin, e.what()));
+  }
+  return state;
+}
+
+}  // namespace shardtune

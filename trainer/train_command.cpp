@@ -1,0 +1,223 @@
+#include <algorithm>
+#include <cstdio>
+#include <set>
+
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <unistd.h>
+
+#include "checkpoint/checkpoint_store.hpp"
+#include "core/error.hpp"
+#include "core/file.hpp"
+#include "core/hash.hpp"
+#include "core/log.hpp"
+#include "core/memory.hpp"
+#include "distributed/comm/exchange.hpp"
+#include "distributed/parallel/sharding_plan.hpp"
+#include "trainer/build.hpp"
+#include "trainer/checkpointing.hpp"
+#include "trainer/commands.hpp"
+#include "trainer/stop_signal.hpp"
+#include "trainer/weights.hpp"
+
+namespace shardtune {
+namespace fs = std::filesystem;
+namespace {
+
+// Everything a training run owns, in order of construction; destroyed in reverse.
+class TrainRun {
+ public:
+  TrainRun(const RunOptions& options, Communicator& world)
+      : options_(options), world_(world), store_(options.train.output_dir, world) {}
+
+  int run();
+
+ private:
+  void prepare_output_dir();
+  void build_data_and_model();
+  void decide_identity();
+  void load_weights();
+  void save(const RunState& state);
+  void finish(TrainOutcome outcome);
+  nlohmann::json evaluate_now();
+  TrainOutcome train();
+
+  const RunOptions& options_;
+  Communicator& world_;
+  CheckpointStore store_;
+  fs::path resume_from_;
+  ModelSource source_;
+  std::vector<std::string> labels_;
+  std::unique_ptr<Tokenizer> tokenizer_;
+  std::unique_ptr<Model> model_;
+  std::unique_ptr<Dataset> train_data_, eval_data_;
+  RunState state_;
+  std::unique_ptr<ParallelEngine> engine_;
+  std::unique_ptr<AdamW> optimizer_;
+  TrainerSettings settings_;
+};
+
+int TrainRun::run() {
+  check_same_options(options_, world_);
+  prepare_output_dir();
+  build_data_and_model();
+  decide_identity();
+  load_weights();
+  const TrainOutcome outcome = train();
+  if (outcome == TrainOutcome::stopped_by_signal) return kExitStoppedBySignal;
+  finish(outcome);
+  return 0;
+}
+
+void TrainRun::prepare_output_dir() {
+  const fs::path directory = options_.train.output_dir;
+  std::string problem;
+  if (world_.rank() == 0) {
+    std::error_code error;
+    fs::create_directories(directory, error);
+    if (error) problem = fmt::format("--output_dir = {}: cannot be created: {}", directory.string(), error.message());
+    else if (::access(directory.c_str(), W_OK) != 0)
+      problem = fmt::format("--output_dir = {}: not writable by this user; choose another directory", directory.string());
+  }
+  problem = broadcast_string(world_, problem, 0);
+  if (!problem.empty()) fail(ErrorKind::io, problem);
+  resume_from_ = find_resume_checkpoint(options_.train, store_);
+}
+
+void TrainRun::build_data_and_model() {
+  source_ = find_model_source(options_.model);
+  tokenizer_ = build_tokenizer(source_);
+  DatasetOptions train_options = dataset_options(options_, options_.data.train_file, 0);
+  train_options.max_rows = options_.data.max_train_samples;
+  if (options_.model.task == "text-classification") labels_ = training_labels(source_.config, collect_labels(train_options));
+  model_ = build_model(source_, options_.model, labels_);
+  freeze_parameters(*model_, options_.model.freeze);
+  const std::int64_t max_length = resolve_max_length(options_.data, *model_, source_);
+  train_options.max_length = max_length;
+  train_data_ = build_dataset(train_options, options_.model.task, labels_, *tokenizer_);
+  if (!options_.data.validation_file.empty()) {
+    DatasetOptions eval_options = dataset_options(options_, options_.data.validation_file, max_length);
+    eval_options.max_rows = options_.data.max_eval_samples;
+    eval_data_ = build_dataset(eval_options, options_.model.task, labels_, *tokenizer_);
+  }
+}
+
+void TrainRun::decide_identity() {
+  RunIdentity now = fresh_identity(options_, world_.size());
+  now.run_id = broadcast_string(world_, now.run_id, 0);
+  now.labels = labels_;
+  now.model_hash = to_hex(hash_bytes(model_->config_json().dump()));
+  now.data_hash = to_hex(hash_bytes(read_file(options_.data.train_file))) + ":" + std::to_string(train_data_->size());
+  state_.identity = now;
+  if (!resume_from_.empty()) {
+    const nlohmann::json stored = read_checkpoint_run_state(resume_from_);
+    state_ = RunState::from_json(stored.at("state"), resume_from_.string());
+    check_resumable(state_.identity, now, options_);
+    for (const std::string& difference : environment_differences(stored.at("environment"), describe_environment(options_)))
+      log::warn("resuming under other conditions, so the result is no longer promised bit for bit: {}", difference);
+  }
+  const RunIdentity& id = state_.identity;
+  const LoaderOptions loader = loader_options(id, *model_);
+  settings_ = trainer_settings(options_, steps_per_epoch(train_data_->size(), loader));
+  if (settings_.eval_steps > 0 && !eval_data_)
+    fail(ErrorKind::config, "--eval_strategy asks for evaluations but there is no --validation_file");
+  log::info("{} examples, {} steps of {} examples ({} micro-batches of at most {}), {} ranks, sharding {}, {}",
+            train_data_->size(), settings_.max_steps, id.global_batch_size,
+            (id.global_batch_size + id.per_device_train_batch_size - 1) / id.per_device_train_batch_size,
+            id.per_device_train_batch_size, world_.size(), options_.train.sharding, options_.train.bf16 ? "bf16" : "fp32");
+}
+
+void TrainRun::load_weights() {
+  const TrainOptions& train = options_.train;
+  engine_ = std::make_unique<ParallelEngine>(
+      model_->units(), world_,
+      ParallelOptions{.plan = find_sharding_plan(train.sharding),
+                      .compute_dtype = train.bf16 ? at::kBFloat16 : at::kFloat,
+                      .gradient_checkpointing = train.gradient_checkpointing});
+  optimizer_ = std::make_unique<AdamW>(*engine_, AdamWSettings{.beta1 = train.adam_beta1,
+                                                               .beta2 = train.adam_beta2,
+                                                               .epsilon = train.adam_epsilon,
+                                                               .weight_decay = train.weight_decay});
+  const auto seed = static_cast<std::uint64_t>(state_.identity.seed);
+  if (!resume_from_.empty()) {
+    load_checkpoint(store_, resume_from_, *engine_, optimizer_.get());
+    log::info("resuming from {} (step {})", resume_from_.string(), state_.step);
+  } else if (!source_.checkpoint_dir.empty()) {
+    load_checkpoint(store_, source_.checkpoint_dir, *engine_, nullptr);
+  } else if (!source_.weights_dir.empty()) {
+    const WeightReport report = load_pretrained(source_.weights_dir, *model_, *engine_, seed);
+    if (!report.newly_initialized.empty())
+      log::info("newly initialised, to be trained: {}", fmt::join(report.newly_initialized, ", "));
+    if (!report.unexpected.empty()) log::info("tensors of the file that this task does not use: {}", fmt::join(report.unexpected, ", "));
+  } else {
+    initialize_randomly(*engine_, seed);
+    log::info("random weights from {}", source_.config_file.string());
+  }
+  store_.prepare_resume(state_.step, state_.identity.run_id);
+}
+
+nlohmann::json TrainRun::evaluate_now() {
+  const InferenceSetup setup{.model = *model_, .engine = *engine_, .world = world_,
+                             .batch_size = options_.train.per_device_eval_batch_size};
+  return evaluate(setup, *eval_data_);
+}
+
+void TrainRun::save(const RunState& state) {
+  StateView view = make_state_view(*engine_, optimizer_.get());
+  view.run = {{"step", state.step}, {"state", state.to_json()}, {"environment", describe_environment(options_)}};
+  if (world_.rank() == 0) {
+    for (auto& [name, content] : companion_files(*model_, source_)) view.side_files.push_back({name, content});
+    const double epoch = static_cast<double>(state.step) / static_cast<double>(settings_.steps_per_epoch);
+    view.side_files.push_back({"trainer_state.json", hf_trainer_state(state, options_, settings_.max_steps, epoch)});
+  }
+  std::vector<std::int64_t> keep_always;
+  if (state.best_step >= 0) keep_always.push_back(state.best_step);
+  store_.save(state.step, view, static_cast<int>(options_.train.save_total_limit), keep_always);
+}
+
+TrainOutcome TrainRun::train() {
+  std::vector<std::unique_ptr<Observer>> observers;
+  if (world_.rank() == 0) {
+    std::string config;
+    for (const auto& [name, value] : options_.resolved) config += fmt::format("{} = {}\n", name, value);
+    write_file_durably(fs::path(options_.train.output_dir) / "resolved.cfg", config);
+    observers.push_back(make_metrics_writer(options_.train.output_dir, state_.step));
+    observers.push_back(make_progress_display(!options_.train.disable_tqdm && ::isatty(STDERR_FILENO) != 0));
+  }
+  const LearningRateSchedule schedule(options_.train.lr_scheduler_type, options_.train.learning_rate,
+                                      resolve_warmup(options_.train.warmup_steps, options_.train.warmup_ratio, settings_.max_steps),
+                                      settings_.max_steps);
+  StepLoader loader(*train_data_, loader_options(state_.identity, *model_), state_.cursor);
+  Trainer trainer({.model = *model_,
+                   .engine = *engine_,
+                   .optimizer = *optimizer_,
+                   .schedule = schedule,
+                   .loader = loader,
+                   .world = world_,
+                   .observers = observers,
+                   .evaluate = eval_data_ ? [this] { return evaluate_now(); } : std::function<nlohmann::json()>{},
+                   .save = [this](const RunState& state) { save(state); },
+                   .stop_requested = stop_requested},
+                  settings_, state_);
+  return trainer.run();
+}
+
+void TrainRun::finish(TrainOutcome /*outcome*/) {
+  if (settings_.load_best_model_at_end && state_.best_step >= 0 && state_.best_step != state_.step) {
+    const fs::path best = fs::path(options_.train.output_dir) / fmt::format("checkpoint-{}", state_.best_step);
+    load_checkpoint(store_, best, *engine_, nullptr);
+    log::info("loaded the best model, of step {} ({} = {:.6g})", state_.best_step, settings_.metric_for_best_model, state_.best_metric);
+  }
+  const fs::path directory = fs::path(options_.train.output_dir) / "model";
+  export_model(world_, *engine_, directory, companion_files(*model_, source_));
+  log::info("trained {} steps, mean loss {:.4f}; model in Hugging Face layout: {}; peak memory {} MiB on rank 0", state_.step,
+            state_.step > 0 ? state_.loss_sum / static_cast<double>(state_.step) : 0.0, directory.string(),
+            peak_resident_bytes() >> 20);
+}
+
+}  // namespace
+
+int run_train(const RunOptions& options, Communicator& world) { return TrainRun(options, world).run(); }
+
+}  // namespace shardtune

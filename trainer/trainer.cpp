@@ -1,0 +1,188 @@
+#include "trainer/trainer.hpp"
+
+#include <chrono>
+#include <cmath>
+
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+
+#include "core/error.hpp"
+#include "core/log.hpp"
+#include "core/memory.hpp"
+
+namespace shardtune {
+namespace {
+
+double now_seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+Trainer::Trainer(TrainerParts parts, TrainerSettings settings, RunState& state)
+    : parts_(std::move(parts)), settings_(std::move(settings)), state_(state) {}
+
+TrainOutcome Trainer::run() {
+  start_seconds_ = now_seconds();
+  first_step_ = saved_step_ = state_.step;
+  if (settings_.eval_on_start && state_.step == 0) evaluate_and_track_best();
+  while (state_.step < settings_.max_steps) {
+    if (agree_to_stop()) {
+      if (saved_step_ != state_.step || state_.step == 0) parts_.save(state_);
+      log::info("stopped by a signal after step {} with a committed checkpoint", state_.step);
+      return TrainOutcome::stopped_by_signal;
+    }
+    after_step(train_step(parts_.loader.next()));
+  }
+  if (settings_.save_at_end && saved_step_ != state_.step) parts_.save(state_);
+  return TrainOutcome::finished;
+}
+
+// The control word of the step: what any rank knows, all ranks know before they decide.
+bool Trainer::agree_to_stop() {
+  at::Tensor word = at::zeros({1}, at::kLong);
+  word.fill_(parts_.stop_requested && parts_.stop_requested() ? 1 : 0);
+  parts_.world.all_reduce(word, ReduceOp::max).wait();
+  return word.item<std::int64_t>() != 0;
+}
+
+Trainer::StepResult Trainer::train_step(const StepBatches& batches) {
+  const double start = now_seconds();
+  StepResult result{.learning_rate = parts_.schedule.at(state_.step), .tokens = batches.num_tokens,
+                    .samples = batches.num_examples};
+  std::vector<double> losses(batches.micro_batches.size(), 0.0);
+  forward_backward(batches, losses);
+  result.grad_norm = parts_.engine.grad_norm();
+
+  // Each micro-batch's loss is known to one rank; adding zeros is exact, so the sum below has the same bits everywhere.
+  at::Tensor shared = at::from_blob(losses.data(), {static_cast<std::int64_t>(losses.size())}, at::kDouble).clone();
+  parts_.world.all_reduce(shared, ReduceOp::sum).wait();
+  for (std::int64_t i = 0; i < shared.numel(); ++i) result.loss += shared.data_ptr<double>()[i];
+  if (!std::isfinite(result.loss) || !std::isfinite(result.grad_norm))
+    fail(ErrorKind::numeric,
+         fmt::format("step {}: loss {} and gradient norm {} are not finite; lower --learning_rate, check the data, or train "
+                     "without --bf16. The last checkpoint is intact",
+                     state_.step + 1, result.loss, result.grad_norm));
+
+  double clip = 1.0;
+  if (settings_.max_grad_norm > 0) clip = std::min(1.0, settings_.max_grad_norm / (result.grad_norm + 1e-6));
+  parts_.optimizer.step(result.learning_rate, clip, state_.step + 1);
+  parts_.engine.after_optimizer_step();
+  ++state_.step;
+  state_.cursor = batches.next;
+  result.seconds = now_seconds() - start;
+  return result;
+}
+
+void Trainer::forward_backward(const StepBatches& batches, std::vector<double>& losses) {
+  ParallelEngine& engine = parts_.engine;
+  const auto num_micro_batches = static_cast<std::int64_t>(batches.micro_batches.size());
+  const double scale = 1.0 / static_cast<double>(std::max<std::int64_t>(1, batches.num_labelled));
+  engine.begin_step(num_micro_batches);
+  for (std::int64_t round = 0; round < engine.num_rounds(num_micro_batches); ++round) {
+    const std::int64_t index = engine.micro_batch_of_round(num_micro_batches, round);
+    if (index < 0 && !engine.runs_every_round()) continue;
+    // Without a micro-batch of its own a rank takes part in the collectives with the first one; its gradients are dropped.
+    const Batch& batch = batches.micro_batches[static_cast<std::size_t>(std::max<std::int64_t>(0, index))];
+    const ForwardContext context{.is_training = true, .seed = settings_.seed, .step = state_.step, .micro_batch = index};
+    const std::int64_t held_before = tensor_bytes();
+    engine.begin_micro_batch(round);
+    const ModelOutput output = parts_.model.forward(batch, engine.runner(), context, {.loss_scale = scale});
+    activation_bytes_ = std::max(activation_bytes_, tensor_bytes() - held_before);
+    if (index >= 0) losses[static_cast<std::size_t>(index)] = output.loss_sum.item<double>();
+    engine.backward(output.loss_sum);
+  }
+  engine.finish_step();
+}
+
+void Trainer::after_step(const StepResult& result) {
+  state_.tokens_seen += result.tokens;
+  state_.samples_seen += result.samples;
+  state_.loss_sum += result.loss;
+  state_.interval_loss_sum += result.loss;
+  ++state_.interval_steps;
+  process_tokens_ += result.tokens;
+  process_samples_ += result.samples;
+  const double elapsed = now_seconds() - start_seconds_;
+  const double per_step = elapsed / static_cast<double>(state_.step - first_step_);
+  if (parts_.world.rank() == 0) {
+    const Progress progress{.step = state_.step, .max_steps = settings_.max_steps, .epoch = epoch(), .loss = result.loss,
+                            .seconds = elapsed,
+                            .remaining_seconds = per_step * static_cast<double>(settings_.max_steps - state_.step),
+                            .samples_per_second = static_cast<double>(process_samples_) / elapsed,
+                            .tokens_per_second = static_cast<double>(process_tokens_) / elapsed};
+    for (const auto& observer : parts_.observers) observer->on_step(progress);
+  }
+  if (is_due(settings_.logging_steps) || (settings_.logging_first_step && state_.step == 1)) log_step(result);
+  if (is_due(settings_.eval_steps) && parts_.evaluate) evaluate_and_track_best();
+  if (is_due(settings_.save_steps)) {
+    parts_.save(state_);
+    saved_step_ = state_.step;
+  }
+}
+
+void Trainer::log_step(const StepResult& result) {
+  at::Tensor memory = at::zeros({parts_.world.size()}, at::kLong);
+  memory[parts_.world.rank()] = resident_bytes();
+  parts_.world.all_reduce(memory, ReduceOp::sum).wait();
+  const std::vector<std::int64_t> per_rank(memory.data_ptr<std::int64_t>(), memory.data_ptr<std::int64_t>() + memory.numel());
+  publish({{"loss", state_.interval_loss_sum / static_cast<double>(state_.interval_steps)},
+           {"grad_norm", result.grad_norm},
+           {"learning_rate", result.learning_rate},
+           {"tokens", state_.tokens_seen},
+           {"tokens_per_second", static_cast<double>(result.tokens) / result.seconds},
+           {"samples_per_second", static_cast<double>(result.samples) / result.seconds},
+           {"step_seconds", result.seconds},
+           {"memory_bytes", per_rank}});
+  state_.interval_loss_sum = 0;
+  state_.interval_steps = 0;
+  if (settings_.log_memory) log_memory();
+}
+
+void Trainer::log_memory() {
+  const MemoryUse& held = parts_.engine.memory();
+  constexpr double kMib = 1048576.0;
+  log::all_ranks::warn(
+      "most memory so far, MiB: masters {:.1f}, optimizer {:.1f}, compute copies {:.1f}, gradients {:.1f}, partial sums {:.1f}, "
+      "activations {:.1f}; all tensors {:.1f}, resident {:.1f}",
+      static_cast<double>(held.masters.peak()) / kMib, static_cast<double>(parts_.optimizer.state_bytes()) / kMib,
+      static_cast<double>(held.compute.peak()) / kMib, static_cast<double>(held.gradients.peak()) / kMib,
+      static_cast<double>(held.partial_sums.peak()) / kMib, static_cast<double>(activation_bytes_) / kMib,
+      static_cast<double>(peak_tensor_bytes()) / kMib, static_cast<double>(peak_resident_bytes()) / kMib);
+}
+
+void Trainer::evaluate_and_track_best() {
+  const nlohmann::json metrics = parts_.evaluate();
+  publish(metrics);
+  if (!settings_.load_best_model_at_end) return;
+  const auto metric = metrics.find(settings_.metric_for_best_model);
+  if (metric == metrics.end())
+    fail(ErrorKind::config, fmt::format("--metric_for_best_model = {}: the evaluation gives {}", settings_.metric_for_best_model,
+                                        metrics.dump()));
+  const double value = metric->get<double>();
+  const bool is_better = std::isnan(state_.best_metric) ||
+                         (settings_.greater_is_better ? value > state_.best_metric : value < state_.best_metric);
+  if (!is_better) return;
+  state_.best_metric = value;
+  state_.best_step = state_.step;
+}
+
+// One record to metrics.jsonl, the display and HF's log_history (rates and memory stay out of the latter: it is part of
+// the checkpoint, which must not depend on the machine's speed).
+void Trainer::publish(nlohmann::json record) {
+  record["step"] = state_.step;
+  record["epoch"] = epoch();
+  nlohmann::json history = record;
+  for (const char* key : {"tokens", "tokens_per_second", "samples_per_second", "step_seconds", "memory_bytes", "eval_runtime",
+                          "eval_samples_per_second"})
+    history.erase(key);
+  state_.log_history.push_back(std::move(history));
+  if (parts_.world.rank() != 0) return;
+  for (const auto& observer : parts_.observers) observer->on_record(record);
+}
+
+double Trainer::epoch() const { return static_cast<double>(state_.step) / static_cast<double>(settings_.steps_per_epoch); }
+
+bool Trainer::is_due(std::int64_t interval) const { return interval > 0 && state_.step % interval == 0; }
+
+}  // namespace shardtune

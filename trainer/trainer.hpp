@@ -1,0 +1,80 @@
+#pragma once
+// The training loop. It takes finished parts by reference and owns only the order of things.
+// run() is collective; every rank calls it with parts built from the same configuration.
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "data/loader.hpp"
+#include "distributed/comm/communicator.hpp"
+#include "distributed/parallel/parallel_engine.hpp"
+#include "models/model.hpp"
+#include "trainer/observer.hpp"
+#include "trainer/optimizer.hpp"
+#include "trainer/run_state.hpp"
+#include "trainer/schedule.hpp"
+
+namespace shardtune {
+
+struct TrainerSettings {
+  std::int64_t max_steps = 0, steps_per_epoch = 1;
+  // Intervals in optimizer steps; 0 = never. Epoch strategies are resolved to steps_per_epoch.
+  std::int64_t logging_steps = 500, eval_steps = 0, save_steps = 0;
+  bool logging_first_step = false, eval_on_start = false, save_at_end = true;
+  bool log_memory = false;
+  double max_grad_norm = 1.0;
+  std::uint64_t seed = 42;
+  bool load_best_model_at_end = false;   // track the best evaluation
+  std::string metric_for_best_model = "eval_loss";
+  bool greater_is_better = false;
+};
+
+struct TrainerParts {
+  Model& model;
+  ParallelEngine& engine;
+  AdamW& optimizer;
+  const LearningRateSchedule& schedule;
+  StepLoader& loader;
+  Communicator& world;
+  std::vector<std::unique_ptr<Observer>>& observers;  // used on rank 0 only
+  std::function<nlohmann::json()> evaluate;           // collective; may be empty
+  std::function<void(const RunState&)> save;          // collective; returns when committed
+  std::function<bool()> stop_requested;               // this rank got a stop signal
+};
+
+enum class TrainOutcome { finished, stopped_by_signal };
+
+class Trainer {
+ public:
+  Trainer(TrainerParts parts, TrainerSettings settings, RunState& state);
+  TrainOutcome run();
+
+ private:
+  struct StepResult {
+    double loss = 0, grad_norm = 0, learning_rate = 0, seconds = 0;
+    std::int64_t tokens = 0, samples = 0;
+  };
+  StepResult train_step(const StepBatches& batches);
+  void forward_backward(const StepBatches& batches, std::vector<double>& losses);
+  bool agree_to_stop();
+  void after_step(const StepResult& result);
+  void log_step(const StepResult& result);
+  void log_memory();
+  void evaluate_and_track_best();
+  void publish(nlohmann::json record);
+  double epoch() const;
+  bool is_due(std::int64_t interval) const;
+
+  TrainerParts parts_;
+  TrainerSettings settings_;
+  RunState& state_;
+  std::int64_t first_step_ = 0, saved_step_ = -1;
+  std::int64_t activation_bytes_ = 0;
+  std::int64_t process_tokens_ = 0, process_samples_ = 0;
+  double start_seconds_ = 0;
+};
+
+}  // namespace shardtune
