@@ -1,0 +1,44 @@
+#pragma once
+// What a backend must provide: moving bytes between the ranks of one group, and where operations run.
+// All arithmetic is above it (collective_operations.hpp), so that every backend gives the same bits.
+// Internal to distributed/comm.
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+
+#include "distributed/comm/communicator.hpp"
+
+namespace shardtune {
+
+// Every operation is collective and blocks until this rank's buffers may be reused and hold the result. Counts are
+// bytes, one per rank; parts lie in rank order without gaps. Errors: Error{comm}, after which the group is unusable.
+class Transport {
+ public:
+  using Counts = std::span<const std::int64_t>;
+
+  virtual ~Transport() = default;
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+
+  // Part r of `send` goes to rank r; `receive` gets receive_bytes[r] bytes from rank r. The buffers do not overlap.
+  virtual void exchange(const std::byte* send, Counts send_bytes, std::byte* receive, Counts receive_bytes) = 0;
+  // receive := concatenation of every rank's `send`, bytes[rank()] long. `send` may be exactly its place in `receive`.
+  virtual void all_gather(const std::byte* send, std::byte* receive, Counts bytes) = 0;
+  virtual void broadcast(std::byte* data, std::int64_t bytes, int root) = 0;
+  virtual void barrier() = 0;
+  // Ranks of one colour, ordered by (key, rank). Colours are >= 0.
+  virtual std::unique_ptr<Transport> split(int color, int key) = 0;
+};
+
+// Runs the operations of one process (or thread rank) in the order of their submission.
+class Executor {
+ public:
+  virtual ~Executor() = default;
+  // The operation's exception reaches the caller of submit() or of Work::wait(). The operation (and what it captured)
+  // is destroyed before wait() returns.
+  [[nodiscard]] virtual Work submit(std::function<void()> operation) = 0;
+};
+
+}  // namespace shardtune

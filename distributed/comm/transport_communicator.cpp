@@ -1,0 +1,113 @@
+#include "distributed/comm/transport_communicator.hpp"
+
+#include <exception>
+#include <utility>
+#include <vector>
+
+#include "core/hash.hpp"
+#include "core/log.hpp"
+#include "distributed/comm/argument_checks.hpp"
+
+namespace shardtune {
+namespace {
+
+using operations::Fingerprint;
+using operations::Operation;
+
+Fingerprint fingerprint_of(Operation operation, const at::Tensor& tensor, std::int64_t numel, std::int64_t detail) {
+  return {0, static_cast<std::int64_t>(operation), static_cast<std::int64_t>(tensor.scalar_type()), numel, detail};
+}
+
+Fingerprint fingerprint_of(Operation operation) { return {0, static_cast<std::int64_t>(operation), -1, -1, 0}; }
+
+std::int64_t hash_of(Communicator::Counts counts) {
+  return static_cast<std::int64_t>(hash_bytes(counts.data(), counts.size_bytes()));
+}
+
+std::vector<std::int64_t> copy_of(Communicator::Counts counts) { return {counts.begin(), counts.end()}; }
+
+}  // namespace
+
+TransportCommunicator::TransportCommunicator(std::shared_ptr<Transport> transport, std::shared_ptr<Executor> executor,
+                                             bool check_collectives)
+    : transport_(std::move(transport)),
+      executor_(std::move(executor)),
+      rank_(transport_->rank()),
+      size_(transport_->size()),
+      check_collectives_(check_collectives) {}
+
+TransportCommunicator::~TransportCommunicator() {
+  try {
+    executor_->submit([transport = std::move(transport_)]() mutable { transport.reset(); }).wait();
+  } catch (const std::exception&) {
+    // The group has failed before: whoever waited for the failing operation reports it.
+  }
+}
+
+template <class Operation>
+Work TransportCommunicator::submit(Fingerprint fingerprint, Operation operation) {
+  fingerprint.sequence = sequence_++;
+  return executor_->submit(
+      [fingerprint, check = check_collectives_, transport = transport_, operation = std::move(operation)] {
+        if (check) operations::check_same_on_all_ranks(*transport, fingerprint);
+        operation(*transport);
+      });
+}
+
+Work TransportCommunicator::all_reduce(at::Tensor tensor, ReduceOp op) {
+  check_all_reduce(tensor, op);
+  const auto print = fingerprint_of(Operation::all_reduce, tensor, tensor.numel(), static_cast<std::int64_t>(op));
+  return submit(print, [tensor = std::move(tensor), op](Transport& transport) {
+    operations::all_reduce(transport, tensor, op);
+  });
+}
+
+Work TransportCommunicator::all_gather(at::Tensor out, at::Tensor in, Counts counts) {
+  check_all_gather(out, in, counts, rank_, size_);
+  const auto print = fingerprint_of(Operation::all_gather, out, out.numel(), hash_of(counts));
+  return submit(print, [out = std::move(out), in = std::move(in), counts = copy_of(counts)](Transport& transport) {
+    operations::all_gather(transport, out, in, counts);
+  });
+}
+
+Work TransportCommunicator::reduce_scatter(at::Tensor out, at::Tensor in, Counts counts) {
+  check_reduce_scatter(out, in, counts, rank_, size_);
+  const auto print = fingerprint_of(Operation::reduce_scatter, in, in.numel(), hash_of(counts));
+  return submit(print, [out = std::move(out), in = std::move(in), counts = copy_of(counts)](Transport& transport) {
+    operations::reduce_scatter(transport, out, in, counts);
+  });
+}
+
+Work TransportCommunicator::all_to_all(at::Tensor out, Counts out_counts, at::Tensor in, Counts in_counts) {
+  check_all_to_all({out, out_counts, in, in_counts}, rank_, size_);
+  const auto print = fingerprint_of(Operation::all_to_all, in, -1, 0);
+  return submit(print, [out = std::move(out), in = std::move(in), out_counts = copy_of(out_counts),
+                        in_counts = copy_of(in_counts)](Transport& transport) {
+    operations::all_to_all(transport, out, out_counts, in, in_counts);
+  });
+}
+
+Work TransportCommunicator::broadcast(at::Tensor tensor, int root) {
+  check_broadcast(tensor, root, size_);
+  const auto print = fingerprint_of(Operation::broadcast, tensor, tensor.numel(), root);
+  return submit(print, [tensor = std::move(tensor), root](Transport& transport) {
+    operations::broadcast(transport, tensor, root);
+  });
+}
+
+void TransportCommunicator::barrier() {
+  submit(fingerprint_of(Operation::barrier), [](Transport& transport) { transport.barrier(); }).wait();
+}
+
+std::unique_ptr<Communicator> TransportCommunicator::split(int color, int key) {
+  check_split(color);
+  std::shared_ptr<Transport> part;
+  submit(fingerprint_of(Operation::split), [&part, color, key](Transport& transport) {
+    part = transport.split(color, key);
+    if (part->size() == 1) part.reset();
+  }).wait();
+  if (!part) return make_self_communicator();
+  return std::make_unique<TransportCommunicator>(std::move(part), executor_, check_collectives_);
+}
+
+}  // namespace shardtune
