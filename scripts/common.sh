@@ -1,0 +1,58 @@
+# Sourced by the scripts beside it: messages, places, and what this machine can carry.
+# shellcheck shell=bash
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cache="${XDG_CACHE_HOME:-$HOME/.cache}/shardtune"
+wheels="$cache/wheels"
+torch_version=2.11.0
+
+say() { printf '%s: %s\n' "${0##*/}" "$*"; }
+die() { local code=$1; shift; printf '%s: %s\n' "${0##*/}" "$*" >&2; exit "$code"; }
+
+# One compile job needs up to 2 GB (LibTorch headers); more jobs than cores gain nothing. SHARDTUNE_JOBS overrides.
+build_jobs() {
+  local kb jobs limit
+  kb=$(awk '/^MemAvailable/ {print $2}' /proc/meminfo)
+  limit=$(cat /sys/fs/cgroup/memory.max 2>/dev/null || true)
+  if [[ "$limit" =~ ^[0-9]+$ ]] && ((limit / 1024 < kb)); then kb=$((limit / 1024)); fi
+  jobs=$((kb / 2097152))
+  ((jobs > $(nproc))) && jobs=$(nproc)
+  ((jobs < 1)) && jobs=1
+  echo "${SHARDTUNE_JOBS:-$jobs}"
+}
+
+# fetch_wheel NAME VERSION SHA256 -> sets `wheel` to the file in $wheels. Downloads once, through pip, and checks the hash
+# at every call; the Python tag is fixed, so that every machine gets the same file.
+fetch_wheel() {
+  local name=$1 version=$2 sha=$3 file try
+  mkdir -p "$wheels"
+  find_wheel() { ls "$wheels/${name//-/_}-$version"-*.whl 2>/dev/null | head -n 1; }
+  file=$(find_wheel)
+  if [[ -n "$file" ]] && ! echo "$sha  $file" | sha256sum --status -c -; then
+    say "$(basename "$file") does not have the expected hash: fetching it again"
+    rm -f "$file"
+    file=
+  fi
+  for try in 1 2 3; do
+    [[ -n "$file" ]] && break
+    say "fetching $name $version from the package index (attempt $try)"
+    local part="$wheels/part.$$"  # pip writes here, so that an interrupted download leaves nothing in $wheels
+    rm -rf "$wheels"/part.*
+    if python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+        --python-version 311 --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_25_x86_64 \
+        --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform any \
+        --dest "$part" "$name==$version"; then
+      mv "$part"/*.whl "$wheels/"
+      file=$(find_wheel)
+    fi
+    rm -rf "$part"
+  done
+  [[ -n "$file" ]] || die 4 "cannot fetch $name $version: check the network, or put its wheel into $wheels"
+  echo "$sha  $file" | sha256sum --status -c - || die 3 "$file does not have the expected sha256 $sha"
+  wheel="$file"
+}
+
+# Open MPI refuses root and more ranks than cores unless told otherwise; both are normal in containers and in small tests.
+mpi_environment() {
+  export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+  export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_hwloc_base_binding_policy=none
+}
