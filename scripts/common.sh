@@ -20,6 +20,14 @@ build_jobs() {
   echo "${SHARDTUNE_JOBS:-$jobs}"
 }
 
+# Through the presets, whose environment makes the compiler cache work with the precompiled header.
+configure() { cmake --preset "$1" --log-level=WARNING >/dev/null || die 2 "cmake --preset $1 failed"; }
+compile() {
+  local preset=$1 jobs=$2
+  shift 2
+  cmake --build --preset "$preset" -j "$jobs" ${1+--target "$@"} -- --quiet
+}
+
 # fetch_wheel NAME VERSION SHA256 -> sets `wheel` to the file in $wheels. Downloads once, through pip, and checks the hash
 # at every call; the Python tag is fixed, so that every machine gets the same file.
 fetch_wheel() {
