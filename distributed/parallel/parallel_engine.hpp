@@ -33,7 +33,7 @@ struct ParallelOptions {
   ShardingPlan plan;                             // from find_sharding_plan
   at::ScalarType compute_dtype = at::kFloat;     // kFloat or kBFloat16
   bool gradient_checkpointing = false;           // of every non-root unit
-  GradientProbe probe = {};                         // tests only
+  GradientProbe probe = {};                      // tests only
 };
 
 class ParallelEngine {

@@ -1,0 +1,278 @@
+// What the engine holds, what it frees, what it refuses, and evaluation.
+#include <atomic>
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <gtest/gtest.h>
+
+#include "core/error.hpp"
+#include "distributed/comm/thread_group.hpp"
+#include "toy_run.hpp"
+
+namespace shardtune::toy {
+namespace {
+
+std::int64_t storage_bytes(const Unit& unit) {
+  std::int64_t bytes = 0;
+  for (const Parameter* p : unit.parameters) bytes += static_cast<std::int64_t>(p->value.storage().nbytes());
+  return bytes;
+}
+
+std::int64_t full_bytes(const Unit& unit) {
+  std::int64_t bytes = 0;
+  for (const Parameter* p : unit.parameters) bytes += p->numel() * static_cast<std::int64_t>(p->value.element_size());
+  return bytes;
+}
+
+class Memory : public testing::TestWithParam<bool> {};
+
+TEST_P(Memory, UnderZero3AUnitsWeightsExistOnlyWhileItRuns) {
+  const ToyRun run{.frozen = Frozen::positions, .plan = "zero3", .dtype = at::kBFloat16, .checkpointing = GetParam(),
+                .num_ranks = 3, .num_micro_batches = 5};
+  std::atomic<int> num_inside = 0;
+  run_thread_ranks(run.num_ranks, [&](Communicator& world) {
+    at::set_num_threads(1);
+    Rank rank(run, world);
+    const auto units = rank.model.units();
+    for (const Unit* unit : units) EXPECT_EQ(storage_bytes(*unit), 0) << unit->name;
+    rank.model.in_block = [&](const Unit& running) {
+      ++num_inside;
+      for (const Unit* unit : units) {
+        const bool is_there = unit == &running || unit->is_root;
+        EXPECT_EQ(storage_bytes(*unit), is_there ? full_bytes(*unit) : 0) << unit->name << " in " << running.name;
+      }
+    };
+    run_micro_batches(rank, run, 0);
+    for (const Unit* unit : units) EXPECT_EQ(storage_bytes(*unit), 0) << unit->name;
+    EXPECT_EQ(rank.engine.memory().compute.current(), 0);
+    // Root and one unit, and the buffers of gathering one unit: never the whole model.
+    std::int64_t largest = 0;
+    for (const Unit* unit : units) largest = std::max(largest, unit->is_root ? 0 : full_bytes(*unit));
+    EXPECT_LE(rank.engine.memory().compute.peak(), full_bytes(*units[0]) + 3 * largest);
+  });
+  // 3 blocks x 3 ranks x 2 rounds, again when recomputed.
+  EXPECT_EQ(num_inside, 18 * (GetParam() ? 2 : 1));
+}
+
+INSTANTIATE_TEST_SUITE_P(Checkpointing, Memory, testing::Bool());
+
+TEST(Memory, MastersAreCutUnderZero3AndWholeUnderDdp) {
+  for (const char* plan : {"ddp", "zero3"}) {
+    const ToyRun run{.plan = plan, .num_ranks = 3};
+    std::atomic<std::int64_t> total = 0;
+    std::int64_t model_bytes = 0;
+    Model model(run.frozen);
+    for (const Parameter* p : model.parameters()) model_bytes += 4 * p->numel();
+    run_thread_ranks(run.num_ranks, [&](Communicator& world) {
+      at::set_num_threads(1);
+      const Rank rank(run, world);
+      total += rank.engine.memory().masters.current();
+      // In fp32 under ddp the model computes with the masters themselves.
+      EXPECT_EQ(rank.engine.memory().compute.current(), 0);
+    });
+    EXPECT_EQ(total, std::string(plan) == "ddp" ? 3 * model_bytes : model_bytes);
+  }
+}
+
+TEST(Memory, NothingOfAStepStaysBehind) {
+  for (const char* plan : {"ddp", "zero3"}) {
+    for (const bool checkpointing : {false, true}) {
+      const ToyRun run{.frozen = Frozen::embeddings, .plan = plan, .checkpointing = checkpointing, .num_ranks = 2,
+                    .num_micro_batches = 3};
+      run_thread_ranks(run.num_ranks, [&](Communicator& world) {
+        at::set_num_threads(1);
+        Rank rank(run, world);
+        std::weak_ptr<int> alive;
+        {
+          auto token = std::make_shared<int>(0);  // lives in the closure of every block, so in every retained graph
+          alive = token;
+          rank.model.in_block = [token](const Unit&) {};
+        }
+        run_micro_batches(rank, run, 0);
+        for (const Parameter* p : rank.model.parameters()) {
+          EXPECT_FALSE(p->value.grad().defined()) << p->name;
+          // A graph that outlived its backward would hold the weight's tensor through its saved variables.
+          EXPECT_EQ(p->value.use_count(), 1) << p->name;
+        }
+        for (const ShardedParameter* p : rank.engine.parameters()) {
+          EXPECT_EQ(p->gradient.defined(), p->parameter->is_trainable) << p->parameter->name;
+        }
+        EXPECT_EQ(rank.engine.memory().partial_sums.current(), 0);
+        EXPECT_GT(rank.engine.memory().partial_sums.peak(), 0);
+        rank.engine.after_optimizer_step();
+        EXPECT_EQ(rank.engine.memory().gradients.current(), 0);
+        for (const ShardedParameter* p : rank.engine.parameters()) EXPECT_FALSE(p->gradient.defined());
+        rank.model.in_block = nullptr;
+        EXPECT_TRUE(alive.expired());
+      });
+    }
+  }
+}
+
+TEST(Evaluation, UnequalNumbersOfBatchesGiveThePlainLosses) {
+  at::set_num_threads(1);
+  constexpr std::int64_t kBatches = 5;
+  Model plain(Frozen::positions);
+  Tensors weights;
+  for (Parameter* p : plain.parameters()) weights[p->name] = initial_weight(*p);
+  set_plain_values(plain, weights, at::kFloat);
+  PlainRunner plain_runner;
+  std::vector<float> wanted;
+  for (std::int64_t i = 0; i < kBatches; ++i) wanted.push_back(plain.loss(make_batch(0, i), plain_runner).item<float>());
+  for (const char* plan : {"ddp", "zero3"}) {
+    for (const int ranks : {1, 2, 3, 4}) {
+      const ToyRun run{.frozen = Frozen::positions, .plan = plan, .checkpointing = true, .num_ranks = ranks};
+      std::atomic<int> num_losses = 0;
+      run_thread_ranks(ranks, [&](Communicator& world) {
+        at::set_num_threads(1);
+        Rank rank(run, world);
+        ParallelEngine& engine = rank.engine;
+        const EvaluationScope scope(engine);
+        for (std::int64_t round = 0; round < engine.num_rounds(kBatches); ++round) {
+          const std::int64_t index = engine.micro_batch_of_round(kBatches, round);
+          if (index < 0 && !engine.runs_every_round()) continue;
+          const at::Tensor loss = rank.model.loss(make_batch(0, std::max<std::int64_t>(index, 0)), engine.runner());
+          EXPECT_FALSE(loss.requires_grad());
+          if (index < 0) continue;
+          EXPECT_EQ(loss.item<float>(), wanted[static_cast<std::size_t>(index)]) << plan << " " << ranks;
+          ++num_losses;
+        }
+      });
+      EXPECT_EQ(num_losses, kBatches);
+    }
+  }
+}
+
+TEST(Engine, AUnitTheLossDoesNotDependOnHasZeroGradients) {
+  for (const char* plan : {"ddp", "zero3"}) {
+    const ToyRun run{.plan = plan, .num_ranks = 2, .num_micro_batches = 3};
+    run_thread_ranks(run.num_ranks, [&](Communicator& world) {
+      at::set_num_threads(1);
+      Rank rank(run, world);
+      rank.model.use_last_block = false;
+      run_micro_batches(rank, run, 0);
+      int num_unused = 0;
+      for (const ShardedParameter* p : rank.engine.trainable()) {
+        const bool is_used = !p->parameter->name.starts_with("block.2");
+        num_unused += is_used ? 0 : 1;
+        if (p->gradient.numel() == 0) continue;
+        EXPECT_EQ(p->gradient.abs().sum().item<float>() > 0, is_used) << p->parameter->name;
+      }
+      EXPECT_EQ(num_unused, 4);
+    });
+  }
+}
+
+TEST(Engine, AbandonedStepLeavesNoTraceInTheNext) {
+  const Tensors wanted = reference_gradients(Frozen::nothing, at::kFloat, 3);
+  for (const char* plan : {"ddp", "zero3"}) {
+    const ToyRun run{.plan = plan, .num_ranks = 2, .num_micro_batches = 3};
+    run_thread_ranks(run.num_ranks, [&](Communicator& world) {
+      at::set_num_threads(1);
+      Rank rank(run, world);
+      rank.engine.begin_step(3);
+      rank.engine.begin_micro_batch(0);
+      rank.engine.backward(rank.model.loss(make_batch(9, 9), rank.engine.runner()));
+      run_micro_batches(rank, run, 0);
+      for (const ShardedParameter* p : rank.engine.trainable()) {
+        const at::Tensor whole = wanted.at(p->parameter->name).reshape({-1});
+        EXPECT_TRUE(at::equal(p->slice_of(p->gradient), whole.narrow(0, p->slice_offset(), p->slice_numel())));
+      }
+    });
+  }
+}
+
+TEST(Engine, ScalingMultipliesEveryGradientAndTheNorm) {
+  const ToyRun run{.plan = "zero3", .num_ranks = 3, .num_micro_batches = 2};
+  run_thread_ranks(run.num_ranks, [&](Communicator& world) {
+    at::set_num_threads(1);
+    Rank rank(run, world);
+    run_micro_batches(rank, run, 0);
+    const double norm = rank.engine.grad_norm();
+    double wanted = 0.0;
+    for (const auto& [name, gradient] : reference_gradients(run.frozen, run.dtype, 2)) {
+      wanted += gradient.to(at::kDouble).square().sum().item<double>();
+    }
+    EXPECT_NEAR(norm, std::sqrt(wanted), 1e-12 * norm);
+    rank.engine.scale_gradients(0.5);
+    EXPECT_EQ(rank.engine.grad_norm(), 0.5 * norm);
+  });
+}
+
+TEST(Engine, EveryMicroBatchLeavesFromExactlyOneRank) {
+  for (const char* plan : {"ddp", "zero3"}) {
+    std::atomic<int> num_leaves = 0;
+    ToyRun run{.plan = plan, .num_ranks = 4, .num_micro_batches = 7};
+    run.make_probe = [&](int) -> GradientProbe {
+      return [&](const std::string& unit, const at::Tensor&) { num_leaves += unit == "root" ? 1 : 0; };
+    };
+    gradients(run);
+    EXPECT_EQ(num_leaves, 7) << plan;
+  }
+}
+
+ErrorKind kind_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.kind();
+  }
+  ADD_FAILURE() << "nothing was thrown";
+  return ErrorKind::internal;
+}
+
+TEST(Engine, RefusesWhatItCannotHonour) {
+  const auto world = make_self_communicator();
+  Model frozen(Frozen::nothing);
+  for (Parameter* p : frozen.parameters()) p->is_trainable = false;
+  EXPECT_EQ(kind_of([&] { ParallelEngine(frozen.units(), *world, {.plan = find_sharding_plan("ddp")}); }),
+            ErrorKind::config);
+  Model model(Frozen::nothing);
+  EXPECT_EQ(kind_of([&] {
+              ParallelEngine(model.units(), *world, {.plan = find_sharding_plan("ddp"), .compute_dtype = at::kHalf});
+            }),
+            ErrorKind::config);
+  EXPECT_EQ(kind_of([&] { ParallelEngine(model.units(), *world, {.plan = sharding_plans()[1]}); }), ErrorKind::config);
+}
+
+TEST(Engine, CallsOutOfOrderAreOurBugAndSaySo) {
+  const auto world = make_self_communicator();
+  Rank rank({.plan = "zero3"}, *world);
+  ParallelEngine& engine = rank.engine;
+  EXPECT_EQ(kind_of([&] { engine.begin_micro_batch(0); }), ErrorKind::internal);
+  EXPECT_EQ(kind_of([&] { engine.finish_step(); }), ErrorKind::internal);
+  EXPECT_EQ(kind_of([&] { engine.grad_norm(); }), ErrorKind::internal);
+  engine.begin_step(2);
+  EXPECT_EQ(kind_of([&] { engine.begin_micro_batch(2); }), ErrorKind::internal);
+  EXPECT_EQ(kind_of([&] { EvaluationScope scope(engine); }), ErrorKind::internal);
+  engine.begin_micro_batch(0);
+  EXPECT_EQ(kind_of([&] { engine.runner().run(*rank.model.units()[0], {}, {}); }), ErrorKind::internal);
+  engine.backward(rank.model.loss(make_batch(0, 0), engine.runner()));
+  EXPECT_EQ(kind_of([&] { engine.finish_step(); }), ErrorKind::internal) << "micro-batch 1 is missing";
+}
+
+TEST(Engine, AnErrorInsideARecomputedForwardKeepsItsKindAndFreesTheUnit) {
+  const auto world = make_self_communicator();
+  Rank rank({.plan = "zero3", .checkpointing = true}, *world);
+  rank.engine.begin_step(1);
+  rank.engine.begin_micro_batch(0);
+  const at::Tensor loss = rank.model.loss(make_batch(0, 0), rank.engine.runner());
+  rank.model.in_block = [](const Unit&) { fail(ErrorKind::numeric, "planted"); };
+  EXPECT_EQ(kind_of([&] { rank.engine.backward(loss); }), ErrorKind::numeric);
+  for (const Unit* unit : rank.model.units()) {
+    EXPECT_EQ(storage_bytes(*unit), unit->is_root ? full_bytes(*unit) : 0) << unit->name;
+  }
+}
+
+TEST(Engine, AUnitRunsOnlyOncePerMicroBatch) {
+  const auto world = make_self_communicator();
+  Rank rank({.plan = "ddp"}, *world);
+  rank.engine.begin_step(1);
+  rank.engine.begin_micro_batch(0);
+  rank.model.loss(make_batch(0, 0), rank.engine.runner());
+  EXPECT_EQ(kind_of([&] { rank.model.loss(make_batch(0, 0), rank.engine.runner()); }), ErrorKind::internal);
+}
+
+}  // namespace
+}  // namespace shardtune::toy

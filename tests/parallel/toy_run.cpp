@@ -1,0 +1,143 @@
+#include "toy_run.hpp"
+
+#include <cstring>
+#include <limits>
+#include <mutex>
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include "distributed/comm/thread_group.hpp"
+#include "distributed/parallel/gradient_norm.hpp"
+#include "kernels/adamw.hpp"
+
+namespace shardtune::toy {
+namespace {
+
+// Bits, not values: NaN equals NaN and -0 differs from +0.
+bool same_bits(const at::Tensor& a, const at::Tensor& b) {
+  return a.sizes() == b.sizes() && std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0;
+}
+
+class Assembly {
+ public:
+  void put(const ShardedParameter& p, const at::Tensor& slice) {
+    const std::lock_guard lock(mutex_);
+    auto [found, is_new] = whole_.try_emplace(p.parameter->name);
+    if (is_new) found->second = at::full(p.parameter->shape, std::numeric_limits<float>::quiet_NaN(), at::kFloat);
+    found->second.view({-1}).narrow(0, p.slice_offset(), p.slice_numel()).copy_(slice);
+  }
+  Tensors take() { return std::move(whole_); }
+
+ private:
+  std::mutex mutex_;
+  Tensors whole_;
+};
+
+void optimizer_step(Rank& rank, const ToyRun& run, std::vector<AdamWSlice>& state, std::int64_t step, double norm) {
+  const auto trainable = rank.engine.trainable();
+  for (std::size_t i = 0; i < trainable.size(); ++i) {
+    const ShardedParameter& p = *trainable[i];
+    if (state.size() <= i) state.push_back({p.master, at::zeros_like(p.master), at::zeros_like(p.master), {}});
+    state[i].grad = p.gradient;
+    adamw_step(state[i], {.lr = 1e-2, .weight_decay = has_weight_decay(*p.parameter) ? 0.1 : 0.0, .step = step + 1,
+                          .grad_scale = clip_factor(norm, run.max_grad_norm)});
+    state[i].grad.reset();
+  }
+}
+
+}  // namespace
+
+std::string ToyRun::describe() const {
+  return fmt::format("{} {} ranks {} V {} {}{}", plan, at::toString(dtype), num_ranks, num_micro_batches,
+                     checkpointing ? "recomputed" : "kept", fmt::format(" frozen {}", static_cast<int>(frozen)));
+}
+
+Rank::Rank(const ToyRun& run, Communicator& world)
+    : model(run.frozen),
+      engine(model.units(), world,
+             {.plan = find_sharding_plan(run.plan), .compute_dtype = run.dtype,
+              .gradient_checkpointing = run.checkpointing,
+              .probe = run.make_probe ? run.make_probe(world.rank()) : GradientProbe()}) {
+  for (ShardedParameter* p : engine.parameters()) {
+    p->master.fill_(std::numeric_limits<float>::quiet_NaN());
+    p->slice_of(p->master).copy_(initial_weight(*p->parameter).view({-1}).narrow(0, p->slice_offset(), p->slice_numel()));
+  }
+  engine.weights_loaded();
+}
+
+void run_micro_batches(Rank& rank, const ToyRun& run, std::int64_t step) {
+  ParallelEngine& engine = rank.engine;
+  engine.begin_step(run.num_micro_batches);
+  for (std::int64_t round = 0; round < engine.num_rounds(run.num_micro_batches); ++round) {
+    const std::int64_t index = engine.micro_batch_of_round(run.num_micro_batches, round);
+    if (index < 0 && !engine.runs_every_round()) continue;
+    engine.begin_micro_batch(round);
+    constexpr std::int64_t kDummy = 1000;
+    engine.backward(rank.model.loss(make_batch(step, index < 0 ? kDummy : index), engine.runner()));
+  }
+  engine.finish_step();
+}
+
+Tensors gradients(const ToyRun& run) {
+  Assembly assembly;
+  std::mutex mutex;
+  std::map<int, Tensors> whole_of_rank;
+  run_thread_ranks(run.num_ranks, [&](Communicator& world) {
+    at::set_num_threads(1);
+    Rank rank(run, world);
+    run_micro_batches(rank, run, 0);
+    Tensors whole;
+    for (ShardedParameter* p : rank.engine.trainable()) {
+      assembly.put(*p, p->slice_of(p->gradient));
+      if (run.plan == "ddp") whole[p->parameter->name] = p->gradient.clone().view(p->parameter->shape);
+    }
+    const std::lock_guard lock(mutex);
+    whole_of_rank[world.rank()] = std::move(whole);
+  });
+  Tensors result = assembly.take();
+  EXPECT_EQ(whole_of_rank.size(), static_cast<std::size_t>(run.num_ranks));
+  if (run.plan == "ddp") {
+    for (const auto& [rank, whole] : whole_of_rank) EXPECT_EQ(difference(whole, result), "") << "rank " << rank;
+  }
+  return result;
+}
+
+Tensors train(const ToyRun& run, double* norm) {
+  Assembly assembly;
+  std::mutex mutex;
+  run_thread_ranks(run.num_ranks, [&](Communicator& world) {
+    at::set_num_threads(1);
+    Rank rank(run, world);
+    std::vector<AdamWSlice> state;
+    double last_norm = 0.0;
+    for (std::int64_t step = 0; step < run.num_steps; ++step) {
+      run_micro_batches(rank, run, step % run.num_distinct_steps);
+      last_norm = rank.engine.grad_norm();
+      optimizer_step(rank, run, state, step, last_norm);
+      rank.engine.after_optimizer_step();
+    }
+    for (ShardedParameter* p : rank.engine.parameters()) assembly.put(*p, p->slice_of(p->master));
+    const std::lock_guard lock(mutex);
+    if (norm != nullptr) *norm = last_norm;
+  });
+  return assembly.take();
+}
+
+std::string difference(const Tensors& got, const Tensors& wanted) {
+  std::string text;
+  for (const auto& [name, tensor] : wanted) {
+    const auto found = got.find(name);
+    if (found == got.end()) {
+      text += name + " is missing; ";
+    } else if (!same_bits(found->second.contiguous(), tensor.contiguous())) {
+      text += fmt::format("{} differs by up to {}; ", name, (found->second - tensor).abs().max().item<double>());
+    }
+  }
+  if (got.size() != wanted.size()) text += fmt::format("{} tensors instead of {}", got.size(), wanted.size());
+  return text;
+}
+
+}  // namespace shardtune::toy

@@ -1,0 +1,46 @@
+#pragma once
+// Runs the toy model through the engine on thread ranks and puts the pieces of all ranks together.
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "distributed/comm/communicator.hpp"
+#include "distributed/parallel/parallel_engine.hpp"
+#include "toy_model.hpp"
+
+namespace shardtune::toy {
+
+struct ToyRun {
+  Frozen frozen = Frozen::nothing;
+  std::string plan = "zero3";
+  at::ScalarType dtype = at::kFloat;
+  bool checkpointing = false;
+  int num_ranks = 1;
+  std::int64_t num_micro_batches = 1;
+  std::int64_t num_steps = 1;     // for train()
+  double max_grad_norm = 0.0;     // for train()
+  std::int64_t num_distinct_steps = 1000;  // train() repeats the batches after so many steps
+  // Made on every rank; may return an empty probe.
+  std::function<GradientProbe(int rank)> make_probe = {};
+  std::string describe() const;
+};
+
+// A rank's model and engine with the initial weights loaded; only this rank's distinct slices are ever written.
+struct Rank {
+  Rank(const ToyRun& run, Communicator& world);
+  Model model;
+  ParallelEngine engine;
+};
+
+// One rank's part of the gradients of a step, up to finish_step().
+void run_micro_batches(Rank& rank, const ToyRun& run, std::int64_t step);
+
+// Whole gradients of step 0, assembled of the distinct slices; under ddp every rank's whole gradient is compared with it.
+Tensors gradients(const ToyRun& run);
+// Whole fp32 weights after num_steps of AdamW with clipping; norms of the last step in `norm` when given.
+Tensors train(const ToyRun& run, double* norm = nullptr);
+
+// Empty when both hold the same names and bits, else what differs.
+std::string difference(const Tensors& got, const Tensors& wanted);
+
+}  // namespace shardtune::toy
