@@ -56,7 +56,9 @@ struct Block {
   // [T, H, D] -> [heads_per_kv, rows, D] fp32
   at::Tensor queries(const at::Tensor& q) const {
     return q.slice(1, kv_head * heads_per_kv, (kv_head + 1) * heads_per_kv)
-        .slice(0, row_begin, row_end).transpose(0, 1).to(at::kFloat);
+        .slice(0, row_begin, row_end)
+        .transpose(0, 1)
+        .to(at::kFloat);
   }
   // [T, K, D] -> [1, keys, D], broadcast over the query heads
   at::Tensor keys(const at::Tensor& k) const {
@@ -100,8 +102,7 @@ at::Tensor dropout_mask(const Block& block, const DropoutSite& site) {
   at::parallel_for(0, block.heads_per_kv * rows, 64, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t head = kv_heads_before + i / rows, token = block.row_begin + i % rows;
-      fill_dropout_row(site, mask_row(token, head),
-                       std::span<float>(into + i * keys, static_cast<std::size_t>(keys)));
+      fill_dropout_row(site, mask_row(token, head), std::span<float>(into + i * keys, static_cast<std::size_t>(keys)));
     }
   });
   return mask;
@@ -114,7 +115,8 @@ void dropout_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
     p.mul_(dropout_mask(block, options.dropout));
     const at::Tensor o = at::matmul(p, block.keys(v).to(at::kFloat));
     out.slice(1, block.kv_head * block.heads_per_kv, (block.kv_head + 1) * block.heads_per_kv)
-        .slice(0, block.row_begin, block.row_end).copy_(o.transpose(0, 1));
+        .slice(0, block.row_begin, block.row_end)
+        .copy_(o.transpose(0, 1));
   });
 }
 
@@ -137,7 +139,8 @@ Grads dropout_backward(const at::Tensor& grad, const at::Tensor& q, const at::Te
     ds = ds.sub_((ds * p).sum(-1, true)).mul_(p).mul_(options.scale);
     block.keys(grads.k).add_(at::matmul(ds.transpose(1, 2), queries).sum(0, true));
     grads.q.slice(1, block.kv_head * block.heads_per_kv, (block.kv_head + 1) * block.heads_per_kv)
-        .slice(0, block.row_begin, block.row_end).copy_(at::matmul(ds, keys).transpose(0, 1));
+        .slice(0, block.row_begin, block.row_end)
+        .copy_(at::matmul(ds, keys).transpose(0, 1));
   });
   return {grads.q, grads.k.to(k.scalar_type()), grads.v.to(v.scalar_type())};
 }
@@ -226,8 +229,7 @@ at::Tensor varlen_attention_reference(const at::Tensor& q, const at::Tensor& k, 
       for (std::int64_t h = 0; h < q.size(1); ++h)
         for (std::int64_t i = 0; i < n; ++i)
           for (std::int64_t j = 0; j < n; ++j)
-            mask[h][i][j] = dropout_multiplier(options.dropout, mask_row(begin + i, h),
-                                               static_cast<std::uint64_t>(j));
+            mask[h][i][j] = dropout_multiplier(options.dropout, mask_row(begin + i, h), static_cast<std::uint64_t>(j));
       p = p * mask.to(p.scalar_type());
     }
     outputs.push_back(at::matmul(p, vs).transpose(0, 1));

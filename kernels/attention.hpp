@@ -15,8 +15,8 @@ struct AttentionOptions {
   // S + 1 entries, first 0, last T, strictly increasing. Shared: a recomputed forward pass uses it again.
   std::shared_ptr<const std::vector<std::int64_t>> segment_offsets;
   bool is_causal = false;
-  double scale = 1.0;    // multiplies the scores; usually 1 / sqrt(D)
-  DropoutSite dropout;   // on the probabilities
+  double scale = 1.0;   // multiplies the scores; usually 1 / sqrt(D)
+  DropoutSite dropout;  // on the probabilities
 };
 
 // q [T, H, D], k and v [T, K, D], fp32 or bf16, any strides with a dense last dimension; result [T, H, D] contiguous.

@@ -33,8 +33,8 @@ void check_labels(const at::Tensor& labels, std::int64_t classes) {
   const auto* label = labels.const_data_ptr<std::int64_t>();
   for (std::int64_t i = 0; i < labels.numel(); ++i)
     if (label[i] != kIgnoredLabel && (label[i] < 0 || label[i] >= classes))
-      fail(ErrorKind::data, fmt::format("label {} at position {} of the batch is outside [0, {}) and is not {}", label[i],
-                                        i, classes, kIgnoredLabel));
+      fail(ErrorKind::data, fmt::format("label {} at position {} of the batch is outside [0, {}) and is not {}",
+                                        label[i], i, classes, kIgnoredLabel));
 }
 
 template <class T>
@@ -66,8 +66,10 @@ SHARDTUNE_INLINE double softmax_row(T* row, std::int64_t width, std::int64_t lab
   const auto factor = static_cast<float>(static_cast<double>(*scale) / sum);
   for (std::int64_t at = 0; at < width; at += kLanes) {
     const Float g = simd::exp_non_positive(load_logits(row, at, width) - max) * factor;
-    if (width - at >= kLanes) simd::store(row + at, g);
-    else simd::store_some(row + at, g, width - at);
+    if (width - at >= kLanes)
+      simd::store(row + at, g);
+    else
+      simd::store_some(row + at, g, width - at);
   }
   // p - 1 from the complement, so that a confident row keeps its digits.
   row[label] = static_cast<T>(static_cast<float>(std::expm1(static_cast<double>(target) - std::log(sum))) * *scale);
@@ -117,8 +119,9 @@ HeadResult run_head(const HeadInputs& in, const HeadOptions& options) {
   if (in.wants_hidden_grad) result.hidden_grad = at::zeros_like(in.hidden, at::MemoryFormat::Contiguous);
   if (in.wants_weight_grad) result.weight_grad = at::zeros(in.weight.sizes(), at::kFloat);
   const std::int64_t vocabulary = in.weight.size(0);
-  const std::int64_t chunk =
-      options.chunk_rows > 0 ? options.chunk_rows : std::clamp<std::int64_t>(kChunkLogits / vocabulary, 16, kMaxChunkRows);
+  const std::int64_t chunk = options.chunk_rows > 0
+                                 ? options.chunk_rows
+                                 : std::clamp<std::int64_t>(kChunkLogits / vocabulary, 16, kMaxChunkRows);
   const at::Tensor rows = at::nonzero(in.labels != kIgnoredLabel).squeeze(1);
   const at::Tensor labels = in.labels.index_select(0, rows);
   const bool wants_grad = in.wants_hidden_grad || in.wants_weight_grad;
@@ -140,10 +143,11 @@ HeadResult run_head(const HeadInputs& in, const HeadOptions& options) {
 struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& hidden, const at::Tensor& weight,
                             const at::Tensor& labels, const c10::intrusive_ptr<HeadOptionsHolder>& holder) {
-    HeadResult result = run_head({hidden, weight, labels, hidden.requires_grad(), weight.requires_grad()},
-                                 holder->options);
+    HeadResult result =
+        run_head({hidden, weight, labels, hidden.requires_grad(), weight.requires_grad()}, holder->options);
     ctx->saved_data["options"] = c10::IValue::make_capsule(holder);
-    // Not inputs or outputs of the node: plain saved data, so that backward can take the buffers out and give them away.
+    // Not inputs or outputs of the node: plain saved data, so that backward can take the buffers out and give them
+    // away.
     ctx->saved_data["hidden_grad"] = std::move(result.hidden_grad);
     ctx->saved_data["weight_grad"] = std::move(result.weight_grad);
     return at::scalar_tensor(result.loss * holder->options.loss_scale, at::kFloat);
@@ -190,7 +194,8 @@ at::Tensor linear_cross_entropy_sum_reference(const at::Tensor& hidden, const at
                                               const at::Tensor& labels, double loss_scale) {
   const at::Tensor logits = at::matmul(hidden, weight.t());
   return at::cross_entropy_loss(logits.scalar_type() == at::kDouble ? logits : logits.to(at::kFloat), labels, {},
-                                at::Reduction::Sum, kIgnoredLabel) * loss_scale;
+                                at::Reduction::Sum, kIgnoredLabel) *
+         loss_scale;
 }
 
 }  // namespace shardtune

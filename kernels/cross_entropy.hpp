@@ -18,8 +18,8 @@ at::Tensor cross_entropy_sum(const at::Tensor& logits, const at::Tensor& labels,
 
 struct HeadOptions {
   double loss_scale = 1.0;
-  std::int64_t chunk_rows = 0;          // 0 = chosen from V alone (about 16 Mi logits a chunk, 1024 rows at most)
-  std::shared_ptr<TiedGradient> tied;   // see embedding.hpp; set when weight is also the embedding table
+  std::int64_t chunk_rows = 0;         // 0 = chosen from V alone (about 16 Mi logits a chunk, 1024 rows at most)
+  std::shared_ptr<TiedGradient> tied;  // see embedding.hpp; set when weight is also the embedding table
 };
 
 // Language-model head and loss in one: logits = hidden weight^T, loss_scale * sum of the losses of the labelled rows.

@@ -22,8 +22,10 @@ float keep_scale(double probability) {
   return probability < 1.0 ? static_cast<float>(1.0 / (1.0 - probability)) : 0.0F;
 }
 
-// Sixteen Philox4x32-10 blocks with consecutive counters; plain arrays so that the compiler finds the widening multiply.
-SHARDTUNE_INLINE void philox_group(std::uint64_t key, std::uint64_t first, std::uint64_t row, std::uint32_t (&c)[4][16]) {
+// Sixteen Philox4x32-10 blocks with consecutive counters; plain arrays so that the compiler finds the widening
+// multiply.
+SHARDTUNE_INLINE void philox_group(std::uint64_t key, std::uint64_t first, std::uint64_t row,
+                                   std::uint32_t (&c)[4][16]) {
   for (std::uint32_t i = 0; i < 16; ++i) {
     c[0][i] = static_cast<std::uint32_t>(first) + i;  // first is a multiple of 16: no carry
     c[1][i] = static_cast<std::uint32_t>(first >> 32);
@@ -95,7 +97,8 @@ at::Tensor masked(const at::Tensor& x, const DropoutSite& site) {
   const std::int64_t numel = in.numel(), groups = (numel + kGroup - 1) / kGroup;
   at::parallel_for(0, groups, 256, [&](std::int64_t begin, std::int64_t end) {
     if (in.scalar_type() == at::kBFloat16)
-      apply_groups(in.const_data_ptr<c10::BFloat16>(), out.mutable_data_ptr<c10::BFloat16>(), numel, masker, begin, end);
+      apply_groups(in.const_data_ptr<c10::BFloat16>(), out.mutable_data_ptr<c10::BFloat16>(), numel, masker, begin,
+                   end);
     else
       apply_groups(in.const_data_ptr<float>(), out.mutable_data_ptr<float>(), numel, masker, begin, end);
   });

@@ -64,8 +64,10 @@ struct Embedding : torch::autograd::Function<Embedding> {
     if (tied != nullptr) sum = std::exchange(tied->weight_grad, at::Tensor());
     if (!sum.defined()) sum = at::zeros({ctx->saved_data["rows"].toInt(), grad.size(1)}, at::kFloat);
     const std::int64_t zero_row = ctx->saved_data["zero_row"].toInt();
-    if (grad.scalar_type() == at::kBFloat16) add_rows<c10::BFloat16>(ids, grad, zero_row, sum);
-    else add_rows<float>(ids, grad, zero_row, sum);
+    if (grad.scalar_type() == at::kBFloat16)
+      add_rows<c10::BFloat16>(ids, grad, zero_row, sum);
+    else
+      add_rows<float>(ids, grad, zero_row, sum);
     return {sum, {}, {}, {}};
   }
 };
@@ -81,8 +83,8 @@ void check_ids(const at::Tensor& ids, std::int64_t rows) {
 
 }  // namespace
 
-at::Tensor embedding(const at::Tensor& ids, const at::Tensor& weight, std::int64_t zero_row,
-                     std::shared_ptr<TiedGradient> tied) {
+at::Tensor embedding_lookup(const at::Tensor& ids, const at::Tensor& weight, std::int64_t zero_row,
+                            std::shared_ptr<TiedGradient> tied) {
   const at::Tensor flat_ids = ids.contiguous();
   check_ids(flat_ids, weight.size(0));
   return Embedding::apply(weight, flat_ids, zero_row, c10::make_intrusive<TiedHolder>(std::move(tied)));

@@ -18,8 +18,8 @@ struct TiedGradient {
 };
 
 // zero_row: a row that gets no gradient (torch's padding_idx), -1 = none.
-at::Tensor embedding(const at::Tensor& ids, const at::Tensor& weight, std::int64_t zero_row = -1,
-                     std::shared_ptr<TiedGradient> tied = nullptr);
+at::Tensor embedding_lookup(const at::Tensor& ids, const at::Tensor& weight, std::int64_t zero_row = -1,
+                            std::shared_ptr<TiedGradient> tied = nullptr);
 at::Tensor embedding_reference(const at::Tensor& ids, const at::Tensor& weight, std::int64_t zero_row = -1);
 
 }  // namespace shardtune

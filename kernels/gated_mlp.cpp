@@ -25,8 +25,10 @@ SHARDTUNE_INLINE Float load_at(const T* from, std::int64_t left) {
 }
 template <class T>
 SHARDTUNE_INLINE void store_at(T* to, const Float& value, std::int64_t left) {
-  if (left >= kLanes) simd::store(to, value);
-  else simd::store_some(to, value, left);
+  if (left >= kLanes)
+    simd::store(to, value);
+  else
+    simd::store_some(to, value, left);
 }
 
 template <class T>
@@ -67,12 +69,15 @@ void backward_elements(const BackwardTensors& io) {
 }
 
 struct SiluAndMul : torch::autograd::Function<SiluAndMul> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& gate_any, const at::Tensor& up_any) {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& gate_any,
+                            const at::Tensor& up_any) {
     const at::Tensor gate = gate_any.contiguous(), up = up_any.contiguous();
     ctx->save_for_backward({gate, up});
     at::Tensor out = at::empty_like(gate);
-    if (gate.scalar_type() == at::kBFloat16) forward_elements<c10::BFloat16>(gate, up, out);
-    else forward_elements<float>(gate, up, out);
+    if (gate.scalar_type() == at::kBFloat16)
+      forward_elements<c10::BFloat16>(gate, up, out);
+    else
+      forward_elements<float>(gate, up, out);
     return out;
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
@@ -81,8 +86,10 @@ struct SiluAndMul : torch::autograd::Function<SiluAndMul> {
     const at::Tensor grad = grads[0].contiguous();
     at::Tensor d_gate = at::empty_like(saved[0]), d_up = at::empty_like(saved[1]);
     const BackwardTensors io{grad, saved[0], saved[1], d_gate, d_up};
-    if (grad.scalar_type() == at::kBFloat16) backward_elements<c10::BFloat16>(io);
-    else backward_elements<float>(io);
+    if (grad.scalar_type() == at::kBFloat16)
+      backward_elements<c10::BFloat16>(io);
+    else
+      backward_elements<float>(io);
     return {d_gate, d_up};
   }
 };

@@ -23,8 +23,10 @@ SHARDTUNE_INLINE Float load_at(const T* row, std::int64_t at, std::int64_t width
 }
 template <class T>
 SHARDTUNE_INLINE void store_at(T* row, std::int64_t at, std::int64_t width, const Float& value) {
-  if (width - at >= kLanes) simd::store(row + at, value);
-  else simd::store_some(row + at, value, width - at);
+  if (width - at >= kLanes)
+    simd::store(row + at, value);
+  else
+    simd::store_some(row + at, value, width - at);
 }
 
 template <class T>
@@ -96,8 +98,10 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
                             double eps) {
     const at::Tensor x = x_any.contiguous();
     at::Tensor y = at::empty_like(x), rstd = at::empty({x.size(0)}, at::kFloat);
-    if (x.scalar_type() == at::kBFloat16) rms_rows<c10::BFloat16>(x, weight, eps, y, rstd);
-    else rms_rows<float>(x, weight, eps, y, rstd);
+    if (x.scalar_type() == at::kBFloat16)
+      rms_rows<c10::BFloat16>(x, weight, eps, y, rstd);
+    else
+      rms_rows<float>(x, weight, eps, y, rstd);
     ctx->save_for_backward({x, weight, rstd});
     return y;
   }
@@ -109,8 +113,10 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     at::Tensor dx = at::empty_like(x);
     at::Tensor dw_blocks = at::zeros({(x.size(0) + kRowBlock - 1) / kRowBlock, x.size(1)}, at::kFloat);
     const RmsBackward io{grad, x, weight, rstd, dx, dw_blocks};
-    if (x.scalar_type() == at::kBFloat16) rms_backward<c10::BFloat16>(io);
-    else rms_backward<float>(io);
+    if (x.scalar_type() == at::kBFloat16)
+      rms_backward<c10::BFloat16>(io);
+    else
+      rms_backward<float>(io);
     return {dx, dw_blocks.sum(0), {}};
   }
 };
@@ -128,7 +134,9 @@ at::Tensor layer_norm_reference(const at::Tensor& x, const at::Tensor& weight, c
   return (y * weight + bias).to(x.scalar_type());
 }
 
-at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) { return RmsNorm::apply(x, weight, eps); }
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  return RmsNorm::apply(x, weight, eps);
+}
 
 at::Tensor rms_norm_reference(const at::Tensor& x, const at::Tensor& weight, double eps) {
   const at::Tensor wide = x.scalar_type() == at::kDouble ? x : x.to(at::kFloat);

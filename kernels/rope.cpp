@@ -48,8 +48,10 @@ void rotate_rows(const at::Tensor& x, const RopeTables& tables, float direction,
 at::Tensor rotate(const at::Tensor& x_any, const RopeTables& tables, float direction) {
   const at::Tensor x = x_any.contiguous();
   at::Tensor y = at::empty_like(x);
-  if (x.scalar_type() == at::kBFloat16) rotate_rows<c10::BFloat16>(x, tables, direction, y);
-  else rotate_rows<float>(x, tables, direction, y);
+  if (x.scalar_type() == at::kBFloat16)
+    rotate_rows<c10::BFloat16>(x, tables, direction, y);
+  else
+    rotate_rows<float>(x, tables, direction, y);
   return y;
 }
 

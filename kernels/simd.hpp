@@ -90,9 +90,13 @@ SHARDTUNE_INLINE Float exp_non_positive(const Float& x) {
 }
 
 template <class F>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) void run_avx512(const F& body) { body(); }
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) void run_avx512(const F& body) {
+  body();
+}
 template <class F>
-__attribute__((target("avx2"))) void run_avx2(const F& body) { body(); }
+__attribute__((target("avx2"))) void run_avx2(const F& body) {
+  body();
+}
 
 // Runs `body`, a lambda marked SHARDTUNE_VECTOR_BODY, compiled for the best instruction set of this processor.
 template <class F>
