@@ -28,8 +28,12 @@ std::int64_t full_bytes(const Unit& unit) {
 class Memory : public testing::TestWithParam<bool> {};
 
 TEST_P(Memory, UnderZero3AUnitsWeightsExistOnlyWhileItRuns) {
-  const ToyRun run{.frozen = Frozen::positions, .plan = "zero3", .dtype = at::kBFloat16, .checkpointing = GetParam(),
-                .num_ranks = 3, .num_micro_batches = 5};
+  const ToyRun run{.frozen = Frozen::positions,
+                   .plan = "zero3",
+                   .dtype = at::kBFloat16,
+                   .checkpointing = GetParam(),
+                   .num_ranks = 3,
+                   .num_micro_batches = 5};
   std::atomic<int> num_inside = 0;
   run_thread_ranks(run.num_ranks, [&](Communicator& world) {
     at::set_num_threads(1);
@@ -78,8 +82,11 @@ TEST(Memory, MastersAreCutUnderZero3AndWholeUnderDdp) {
 TEST(Memory, NothingOfAStepStaysBehind) {
   for (const char* plan : {"ddp", "zero3"}) {
     for (const bool checkpointing : {false, true}) {
-      const ToyRun run{.frozen = Frozen::embeddings, .plan = plan, .checkpointing = checkpointing, .num_ranks = 2,
-                    .num_micro_batches = 3};
+      const ToyRun run{.frozen = Frozen::embeddings,
+                       .plan = plan,
+                       .checkpointing = checkpointing,
+                       .num_ranks = 2,
+                       .num_micro_batches = 3};
       run_thread_ranks(run.num_ranks, [&](Communicator& world) {
         at::set_num_threads(1);
         Rank rank(run, world);
@@ -119,7 +126,8 @@ TEST(Evaluation, UnequalNumbersOfBatchesGiveThePlainLosses) {
   set_plain_values(plain, weights, at::kFloat);
   PlainRunner plain_runner;
   std::vector<float> wanted;
-  for (std::int64_t i = 0; i < kBatches; ++i) wanted.push_back(plain.loss(make_batch(0, i), plain_runner).item<float>());
+  for (std::int64_t i = 0; i < kBatches; ++i)
+    wanted.push_back(plain.loss(make_batch(0, i), plain_runner).item<float>());
   for (const char* plan : {"ddp", "zero3"}) {
     for (const int ranks : {1, 2, 3, 4}) {
       const ToyRun run{.frozen = Frozen::positions, .plan = plan, .checkpointing = true, .num_ranks = ranks};

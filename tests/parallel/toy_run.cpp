@@ -42,7 +42,9 @@ void optimizer_step(Rank& rank, const ToyRun& run, std::vector<AdamWSlice>& stat
     const ShardedParameter& p = *trainable[i];
     if (state.size() <= i) state.push_back({p.master, at::zeros_like(p.master), at::zeros_like(p.master), {}});
     state[i].grad = p.gradient;
-    adamw_step(state[i], {.lr = 1e-2, .weight_decay = has_weight_decay(*p.parameter) ? 0.1 : 0.0, .step = step + 1,
+    adamw_step(state[i], {.lr = 1e-2,
+                          .weight_decay = has_weight_decay(*p.parameter) ? 0.1 : 0.0,
+                          .step = step + 1,
                           .grad_scale = clip_factor(norm, run.max_grad_norm)});
     state[i].grad.reset();
   }
@@ -58,12 +60,14 @@ std::string ToyRun::describe() const {
 Rank::Rank(const ToyRun& run, Communicator& world)
     : model(run.frozen),
       engine(model.units(), world,
-             {.plan = find_sharding_plan(run.plan), .compute_dtype = run.dtype,
+             {.plan = find_sharding_plan(run.plan),
+              .compute_dtype = run.dtype,
               .gradient_checkpointing = run.checkpointing,
               .probe = run.make_probe ? run.make_probe(world.rank()) : GradientProbe()}) {
   for (ShardedParameter* p : engine.parameters()) {
     p->master.fill_(std::numeric_limits<float>::quiet_NaN());
-    p->slice_of(p->master).copy_(initial_weight(*p->parameter).view({-1}).narrow(0, p->slice_offset(), p->slice_numel()));
+    p->slice_of(p->master).copy_(
+        initial_weight(*p->parameter).view({-1}).narrow(0, p->slice_offset(), p->slice_numel()));
   }
   engine.weights_loaded();
 }

@@ -17,8 +17,8 @@ struct ToyRun {
   bool checkpointing = false;
   int num_ranks = 1;
   std::int64_t num_micro_batches = 1;
-  std::int64_t num_steps = 1;     // for train()
-  double max_grad_norm = 0.0;     // for train()
+  std::int64_t num_steps = 1;              // for train()
+  double max_grad_norm = 0.0;              // for train()
   std::int64_t num_distinct_steps = 1000;  // train() repeats the batches after so many steps
   // Made on every rank; may return an empty probe.
   std::function<GradientProbe(int rank)> make_probe = {};
@@ -35,7 +35,8 @@ struct Rank {
 // One rank's part of the gradients of a step, up to finish_step().
 void run_micro_batches(Rank& rank, const ToyRun& run, std::int64_t step);
 
-// Whole gradients of step 0, assembled of the distinct slices; under ddp every rank's whole gradient is compared with it.
+// Whole gradients of step 0, assembled of the distinct slices; under ddp every rank's whole gradient is compared with
+// it.
 Tensors gradients(const ToyRun& run);
 // Whole fp32 weights after num_steps of AdamW with clipping; norms of the last step in `norm` when given.
 Tensors train(const ToyRun& run, double* norm = nullptr);
