@@ -3,7 +3,7 @@
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
-#include "toy_run.hpp"
+#include "tests/parallel/toy_run.hpp"
 
 namespace shardtune::toy {
 namespace {

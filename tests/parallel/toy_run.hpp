@@ -6,7 +6,7 @@
 
 #include "distributed/comm/communicator.hpp"
 #include "distributed/parallel/parallel_engine.hpp"
-#include "toy_model.hpp"
+#include "tests/parallel/toy_model.hpp"
 
 namespace shardtune::toy {
 
@@ -35,10 +35,15 @@ struct Rank {
 // One rank's part of the gradients of a step, up to finish_step().
 void run_micro_batches(Rank& rank, const ToyRun& run, std::int64_t step);
 
-// Whole gradients of step 0, assembled of the distinct slices; under ddp every rank's whole gradient is compared with
-// it.
+// Called for every parameter concerned, with a tensor that is cut like the master.
+using Sink = std::function<void(const ShardedParameter& parameter, const at::Tensor& like_master)>;
+// Collective. The gradients of step 0.
+void gradients_on_rank(const ToyRun& run, Communicator& world, const Sink& sink);
+// Collective. The fp32 masters after num_steps of AdamW with clipping. Returns the gradient norm of the last step.
+double train_on_rank(const ToyRun& run, Communicator& world, const Sink& sink);
+
+// The same on thread ranks, assembled of the distinct slices. Under ddp every rank's whole gradient is compared, too.
 Tensors gradients(const ToyRun& run);
-// Whole fp32 weights after num_steps of AdamW with clipping; norms of the last step in `norm` when given.
 Tensors train(const ToyRun& run, double* norm = nullptr);
 
 // Empty when both hold the same names and bits, else what differs.
