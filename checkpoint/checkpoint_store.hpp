@@ -15,8 +15,8 @@ namespace shardtune {
 struct CheckpointInfo {
   std::int64_t step = 0;
   std::filesystem::path directory;
-  bool is_committed = false;      // has a manifest that parses and whose own checksum holds
-  std::string problem;            // why it is not usable, empty when it is
+  bool is_committed = false;  // has a manifest that parses and whose own checksum holds
+  std::string problem;        // why it is not usable, empty when it is
 };
 
 class CheckpointStore {

@@ -14,9 +14,9 @@ namespace shardtune {
 
 struct SafetensorsEntry {
   std::filesystem::path file;
-  std::string dtype;                    // "F32", "BF16", "F16", "F64", "I64", ...
+  std::string dtype;  // "F32", "BF16", "F16", "F64", "I64", ...
   std::vector<std::int64_t> shape;
-  std::uint64_t begin = 0, end = 0;     // absolute byte range in the file
+  std::uint64_t begin = 0, end = 0;  // absolute byte range in the file
   std::int64_t numel() const;
 };
 
@@ -41,7 +41,8 @@ class SafetensorsWriter {
   // Writes FILE.tmp; commit() syncs and renames. Items keep the given order. metadata: {"format":"pt"}.
   SafetensorsWriter(std::filesystem::path file, std::vector<Item> items);
   ~SafetensorsWriter();
-  void write(const at::Tensor& flat);  // the next bytes of the data section, converted from fp32; may be pieces of a tensor
+  void write(
+      const at::Tensor& flat);  // the next bytes of the data section, converted from fp32; may be pieces of a tensor
   void commit();
 
  private:

@@ -12,23 +12,24 @@ namespace shardtune {
 // A contiguous piece of one global tensor, held by this rank. Over all ranks the slices of one (name, field) cover the
 // flat global tensor exactly once (empty slices are fine).
 struct StateSlice {
-  std::string name;                          // Hugging Face parameter name
-  std::string field;                         // "value", "exp_avg", "exp_avg_sq"
+  std::string name;   // Hugging Face parameter name
+  std::string field;  // "value", "exp_avg", "exp_avg_sq"
   std::vector<std::int64_t> global_shape;
-  std::int64_t offset = 0;                   // first element of the slice in the flat global tensor
-  at::Tensor data;                           // 1-d contiguous fp32; saved from or loaded into
+  std::int64_t offset = 0;  // first element of the slice in the flat global tensor
+  at::Tensor data;          // 1-d contiguous fp32; saved from or loaded into
 };
 
 struct SideFile {
-  std::string name;      // plain file name inside the checkpoint: "config.json", "tokenizer.json", ...
+  std::string name;  // plain file name inside the checkpoint: "config.json", "tokenizer.json", ...
   std::string content;
 };
 
 struct StateView {
   std::vector<StateSlice> slices;
-  // Small state equal on all ranks: step, data cursor, schedule, best metric, run identity. Stored in /run and manifest.
+  // Small state equal on all ranks: step, data cursor, schedule, best metric, run identity. Stored in /run and
+  // manifest.
   nlohmann::json run;
-  std::vector<SideFile> side_files;          // written by rank 0
+  std::vector<SideFile> side_files;  // written by rank 0
 };
 
 }  // namespace shardtune

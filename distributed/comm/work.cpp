@@ -1,4 +1,3 @@
-#include <exception>
 #include <utility>
 
 #include "core/log.hpp"
@@ -15,7 +14,7 @@ Work& Work::operator=(Work&& other) noexcept {
 }
 
 Work::~Work() {
-  if (!wait_ || std::uncaught_exceptions() > 0) return;
+  if (!wait_) return;
   try {
     wait();
   } catch (const std::exception& e) {

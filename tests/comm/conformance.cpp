@@ -1,4 +1,4 @@
-#include "tests/comm/conformance.hpp"
+#include "conformance.hpp"
 
 #include <algorithm>
 #include <cmath>

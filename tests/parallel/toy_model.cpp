@@ -1,4 +1,4 @@
-#include "tests/parallel/toy_model.hpp"
+#include "toy_model.hpp"
 
 #include <algorithm>
 #include <functional>

@@ -1,0 +1,71 @@
+#include "checkpoint/checkpoint_reader.hpp"
+
+#include <algorithm>
+#include <tuple>
+
+#include <fmt/format.h>
+
+#include "core/error.hpp"
+
+namespace shardtune {
+
+CheckpointReader::CheckpointReader(const std::filesystem::path& checkpoint_dir)
+    : CheckpointReader(checkpoint_dir, read_manifest(checkpoint_dir)) {}
+
+CheckpointReader::CheckpointReader(std::filesystem::path checkpoint_dir, Manifest manifest)
+    : directory_(std::move(checkpoint_dir)), manifest_(std::move(manifest)) {}
+
+const ManifestTensor& CheckpointReader::tensor(const std::string& name, const std::string& field) const {
+  const ManifestTensor* found = manifest_.find(name, field);
+  if (found == nullptr)
+    fail(ErrorKind::data,
+         fmt::format("{} holds no '{}' of tensor '{}'; it is a checkpoint of another model or optimizer",
+                     directory_.string(), field, name));
+  return *found;
+}
+
+VerifiedFile& CheckpointReader::open(std::size_t file) {
+  const auto it = files_.find(file);
+  if (it != files_.end()) return it->second;
+  const ManifestFile& entry = manifest_.files.at(file);
+  return files_.try_emplace(file, directory_ / entry.name, entry.size, entry.digest).first->second;
+}
+
+void CheckpointReader::read(const std::vector<Request>& requests) {
+  struct Piece {
+    std::size_t file;
+    std::uint64_t begin;
+    std::size_t size;
+    char* into;
+  };
+  std::vector<Piece> pieces;
+  for (const Request& request : requests) {
+    check_internal(
+        request.into.scalar_type() == at::kFloat && request.into.is_contiguous() && request.into.device().is_cpu(),
+        "a loaded slice must be a contiguous fp32 tensor on the CPU");
+    const std::int64_t begin = request.offset, end = request.offset + request.into.numel();
+    check_internal(begin >= 0 && end <= request.tensor->numel(), "a requested slice lies outside of its tensor");
+    auto* out = static_cast<char*>(request.into.data_ptr());
+    const auto& slices = request.tensor->slices;
+    auto it = std::upper_bound(slices.begin(), slices.end(), begin, [](std::int64_t at, const ManifestSlice& slice) {
+      return at < slice.offset + slice.numel;
+    });
+    for (; it != slices.end() && it->offset < end; ++it) {
+      const std::int64_t from = std::max(begin, it->offset), to = std::min(end, it->offset + it->numel);
+      if (from >= to) continue;
+      pieces.push_back({it->file, it->byte_offset + static_cast<std::uint64_t>(from - it->offset) * 4,
+                        static_cast<std::size_t>(to - from) * 4, out + (from - begin) * 4});
+    }
+  }
+  std::sort(pieces.begin(), pieces.end(),
+            [](const Piece& a, const Piece& b) { return std::tie(a.file, a.begin) < std::tie(b.file, b.begin); });
+  for (const Piece& piece : pieces) open(piece.file).read(piece.begin, piece.size, piece.into);
+}
+
+std::uint64_t CheckpointReader::bytes_read() const {
+  std::uint64_t total = 0;
+  for (const auto& [index, file] : files_) total += file.bytes_read();
+  return total;
+}
+
+}  // namespace shardtune

@@ -1,0 +1,44 @@
+#pragma once
+// Reads tensors out of one committed checkpoint without a communicator and without HDF5: positions come from the
+// manifest, bytes by verified block reads. Memory: the manifest and one block per open file. Not thread-safe.
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <string>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "checkpoint/block_table.hpp"
+#include "checkpoint/manifest.hpp"
+
+namespace shardtune {
+
+class CheckpointReader {
+ public:
+  // A part of a stored tensor and the contiguous fp32 CPU tensor it goes to: elements [offset, offset + into.numel()).
+  struct Request {
+    const ManifestTensor* tensor = nullptr;  // of this reader's manifest
+    std::int64_t offset = 0;
+    at::Tensor into;
+  };
+
+  explicit CheckpointReader(const std::filesystem::path& checkpoint_dir);
+  CheckpointReader(std::filesystem::path checkpoint_dir, Manifest manifest);
+
+  const Manifest& manifest() const noexcept { return manifest_; }
+  // Error{data} when there is no such tensor.
+  const ManifestTensor& tensor(const std::string& name, const std::string& field) const;
+  // Ordered by position in the files, so that every block is read about once. Error{data} for damaged or missing files.
+  void read(const std::vector<Request>& requests);
+  std::uint64_t bytes_read() const;
+
+ private:
+  VerifiedFile& open(std::size_t file);
+
+  std::filesystem::path directory_;
+  Manifest manifest_;
+  std::map<std::size_t, VerifiedFile> files_;
+};
+
+}  // namespace shardtune

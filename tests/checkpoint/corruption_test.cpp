@@ -1,0 +1,214 @@
+// Whatever happens to the bytes of a committed checkpoint is found: by verify_checkpoint always, by load whenever the
+// bytes are read.
+#include <cstring>
+#include <fstream>
+#include <random>
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+#include <nlohmann/json.hpp>
+
+#include "checkpoint/checkpoint_store.hpp"
+#include "checkpoint/manifest.hpp"
+#include "core/error.hpp"
+#include "core/file.hpp"
+#include "core/hash.hpp"
+#include "distributed/comm/thread_group.hpp"
+#include "tests/checkpoint/temp_dir.hpp"
+#include "tests/checkpoint/test_state.hpp"
+
+namespace shardtune {
+namespace {
+
+void save_at(const std::filesystem::path& dir, std::int64_t step, int num_ranks,
+             const std::vector<TestTensor>& tensors) {
+  run_thread_ranks(num_ranks, [&](Communicator& comm) {
+    CheckpointStore(dir, comm).save(step, expected_state(tensors, step, comm.rank(), comm.size()), 0);
+  });
+}
+
+// "good", "refused", or what is wrong with data that were loaded without an error.
+std::string load_verdict(const std::filesystem::path& checkpoint, std::int64_t step,
+                         const std::vector<TestTensor>& tensors) {
+  const auto comm = make_self_communicator();
+  StateView view = blank_state(tensors, 0, 1);
+  try {
+    CheckpointStore(checkpoint.parent_path(), *comm).load(checkpoint, view);
+  } catch (const Error& e) {
+    EXPECT_EQ(e.kind(), ErrorKind::data) << e.what();
+    return "refused";
+  }
+  const std::string wrong = difference(view, tensors, step, 0, 1);
+  return wrong.empty() ? "good" : "silently wrong: " + wrong;
+}
+
+class Corruption : public testing::Test {
+ protected:
+  void SetUp() override {
+    save_at(dir_.path(), 1, 2, tensors_);
+    save_at(dir_.path(), 2, 2, tensors_);
+    for (const auto& entry : std::filesystem::directory_iterator(checkpoint_)) files_.push_back(entry.path());
+    std::sort(files_.begin(), files_.end());
+    ASSERT_EQ(files_.size(), 2u + 2 + 3 + 1);
+    ASSERT_TRUE(verify_checkpoint(checkpoint_).empty());
+  }
+  static bool is_read_by_load(const std::filesystem::path& file) {
+    return file.extension() == ".h5" || file.extension() == ".xxh3" || file.filename() == "manifest.json";
+  }
+
+  TempDir dir_;
+  const std::vector<TestTensor> tensors_ = test_tensors();
+  const std::filesystem::path checkpoint_ = dir_ / "checkpoint-2";
+  std::vector<std::filesystem::path> files_;
+  std::mt19937 random_{12345};
+};
+
+TEST_F(Corruption, EveryFlippedBitIsFound) {
+  int flips = 0;
+  for (const auto& file : files_) {
+    const std::string bytes = read_file(file);
+    if (bytes.empty()) continue;
+    const UniqueFd fd(::open(file.c_str(), O_RDWR));
+    ASSERT_TRUE(fd);
+    for (int i = 0; i < 700; ++i) {
+      const auto at = static_cast<off_t>(random_() % bytes.size());
+      const char flipped = static_cast<char>(bytes[static_cast<std::size_t>(at)] ^ (1 << (random_() % 8)));
+      ASSERT_EQ(::pwrite(fd.get(), &flipped, 1, at), 1);
+      EXPECT_FALSE(verify_checkpoint(checkpoint_).empty()) << file << " byte " << at;
+      EXPECT_EQ(load_verdict(checkpoint_, 2, tensors_), is_read_by_load(file) ? "refused" : "good")
+          << file << " byte " << at;
+      ASSERT_EQ(::pwrite(fd.get(), &bytes[static_cast<std::size_t>(at)], 1, at), 1);
+      ++flips;
+    }
+  }
+  EXPECT_EQ(flips, 700 * 7);
+  EXPECT_TRUE(verify_checkpoint(checkpoint_).empty());
+}
+
+TEST_F(Corruption, EveryTruncationAndExtensionIsFound) {
+  for (const auto& file : files_) {
+    const std::string bytes = read_file(file);
+    for (int i = 0; i < 150; ++i) {
+      if (bytes.empty()) break;
+      const std::size_t size =
+          i < 20 ? bytes.size() - 1 - static_cast<std::size_t>(i) % bytes.size() : random_() % bytes.size();
+      std::filesystem::resize_file(file, size);
+      EXPECT_FALSE(verify_checkpoint(checkpoint_).empty()) << file << ' ' << size;
+      EXPECT_EQ(load_verdict(checkpoint_, 2, tensors_), is_read_by_load(file) ? "refused" : "good")
+          << file << ' ' << size;
+      std::ofstream(file, std::ios::binary) << bytes;
+    }
+    std::ofstream(file, std::ios::binary) << bytes << '\0';
+    EXPECT_FALSE(verify_checkpoint(checkpoint_).empty()) << file << " extended";
+    std::ofstream(file, std::ios::binary) << bytes;
+    EXPECT_TRUE(verify_checkpoint(checkpoint_).empty()) << file;
+  }
+}
+
+TEST_F(Corruption, DeletedSwappedAndStaleFilesAreFound) {
+  for (const auto& file : files_) {
+    const std::filesystem::path aside = file.string() + ".aside";
+    std::filesystem::rename(file, aside);
+    EXPECT_FALSE(verify_checkpoint(checkpoint_).empty()) << file << " deleted";
+    EXPECT_EQ(load_verdict(checkpoint_, 2, tensors_), is_read_by_load(file) ? "refused" : "good") << file;
+    std::filesystem::create_directory(file);
+    EXPECT_FALSE(verify_checkpoint(checkpoint_).empty()) << file << " is a directory";
+    std::filesystem::remove(file);
+    // The same file of the step before: right in itself, wrong here.
+    const std::filesystem::path stale = dir_ / "checkpoint-1" / file.filename();
+    if (read_file(stale) != read_file(aside)) {
+      std::filesystem::copy_file(stale, file);
+      EXPECT_FALSE(verify_checkpoint(checkpoint_).empty()) << file << " stale";
+      EXPECT_EQ(load_verdict(checkpoint_, 2, tensors_), "refused") << file;
+    }
+    std::filesystem::rename(aside, file);
+  }
+  for (const char* suffix : {"", ".xxh3"}) {
+    const auto a = checkpoint_ / (std::string("shard-00000-of-00002.h5") + suffix);
+    const auto b = checkpoint_ / (std::string("shard-00001-of-00002.h5") + suffix);
+    for (int back = 0; back < 2; ++back) {
+      std::filesystem::rename(a, dir_ / "c");
+      std::filesystem::rename(b, a);
+      std::filesystem::rename(dir_ / "c", b);
+      EXPECT_EQ(verify_checkpoint(checkpoint_).empty(), back == 1) << suffix;
+      EXPECT_EQ(load_verdict(checkpoint_, 2, tensors_), back == 1 ? "good" : "refused") << suffix;
+    }
+  }
+}
+
+// A shard and its table both from the step before fit each other, but not the manifest.
+TEST_F(Corruption, AStalePairOfShardAndTableIsFound) {
+  for (const char* name : {"shard-00001-of-00002.h5", "shard-00001-of-00002.h5.xxh3"})
+    std::filesystem::copy_file(dir_ / "checkpoint-1" / name, checkpoint_ / name,
+                               std::filesystem::copy_options::overwrite_existing);
+  EXPECT_EQ(verify_checkpoint(checkpoint_).size(), 1u);
+  EXPECT_EQ(load_verdict(checkpoint_, 2, tensors_), "refused");
+}
+
+TEST(CorruptionOfLargeFiles, OnlyBlocksThatAreReadMatterToALoad) {
+  TempDir dir;
+  const std::vector<TestTensor> tensors = test_tensors(4000);  // about 20 MB in 2 shards
+  save_at(dir.path(), 1, 2, tensors);
+  const auto checkpoint = dir / "checkpoint-1";
+  const auto file = checkpoint / "shard-00000-of-00002.h5";
+  const auto size = std::filesystem::file_size(file);
+  ASSERT_GT(size, 8U << 20);
+  std::mt19937 random(5);
+  const UniqueFd fd(::open(file.c_str(), O_RDWR));
+  for (int i = 0; i < 60; ++i) {
+    const auto at = static_cast<off_t>(random() % size);
+    char byte = 0;
+    ASSERT_EQ(::pread(fd.get(), &byte, 1, at), 1);
+    const char flipped = static_cast<char>(byte ^ 0x10);
+    ASSERT_EQ(::pwrite(fd.get(), &flipped, 1, at), 1);
+    EXPECT_FALSE(verify_checkpoint(checkpoint).empty());
+    EXPECT_EQ(load_verdict(checkpoint, 1, tensors).rfind("silently", 0), std::string::npos);
+    ASSERT_EQ(::pwrite(fd.get(), &byte, 1, at), 1);
+  }
+  EXPECT_EQ(load_verdict(checkpoint, 1, tensors), "good");
+}
+
+// A manifest whose checksum was made to hold: parsed into something consistent or refused, never a crash.
+TEST(HostileManifest, AnyBodyIsParsedConsistentlyOrRefused) {
+  TempDir dir;
+  save_at(dir.path(), 1, 2, test_tensors());
+  const std::string good = read_file(dir / "checkpoint-1/manifest.json");
+  const std::string body = good.substr(0, good.rfind(",\"checksum\""));
+  std::mt19937 random(99);
+  int refused = 0;
+  const std::string alphabet = "0123456789-.,:[]{}\"eE/\\ ntf";
+  for (int i = 0; i < 8000; ++i) {
+    std::string text = body;
+    for (unsigned n = 0; n <= random() % 3; ++n) {
+      const std::size_t at = random() % text.size();
+      if (random() % 3 == 0)
+        text.erase(at, random() % 5);
+      else if (random() % 2 == 0)
+        text.insert(at, 1, alphabet[random() % alphabet.size()]);
+      else
+        text[at] = alphabet[random() % alphabet.size()];
+    }
+    try {
+      const Manifest manifest = parse_manifest(text + ",\"checksum\":\"" + to_hex(hash_bytes(text)) + "\"}\n", "m");
+      for (const ManifestTensor& tensor : manifest.tensors) {
+        std::int64_t covered = 0;
+        for (const ManifestSlice& slice : tensor.slices) {
+          ASSERT_EQ(slice.offset, covered);
+          ASSERT_LE(slice.byte_offset + static_cast<std::uint64_t>(slice.numel) * 4,
+                    manifest.files.at(slice.file).size);
+          covered += slice.numel;
+        }
+        ASSERT_EQ(covered, tensor.numel());
+      }
+    } catch (const Error& e) {
+      ASSERT_EQ(e.kind(), ErrorKind::data) << e.what();
+      ++refused;
+    }
+  }
+  EXPECT_GT(refused, 4000);
+}
+
+}  // namespace
+}  // namespace shardtune

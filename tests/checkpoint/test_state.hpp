@@ -1,0 +1,33 @@
+#pragma once
+// A made-up training state whose every element is a pure function of (step, tensor, field, index), so that any rank of
+// any later job knows what it must find. Bit patterns are arbitrary: NaNs with payloads and denormals are among them.
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "checkpoint/state_view.hpp"
+
+namespace shardtune {
+
+struct TestTensor {
+  std::string name;
+  std::vector<std::int64_t> shape;
+  std::int64_t numel() const;
+};
+
+// Sizes that do not divide: scalars, tensors smaller than the number of ranks, an empty one. `scale` stretches the
+// larger ones.
+std::vector<TestTensor> test_tensors(std::int64_t scale = 1);
+
+// This rank's part: every tensor cut into `num_ranks` pieces of uneven size, some of them empty.
+// The fields are value, exp_avg and exp_avg_sq; the first tensor is frozen and has a value only.
+StateView expected_state(const std::vector<TestTensor>& tensors, std::int64_t step, int rank, int num_ranks);
+// The same cut, filled with zeros: to load into.
+StateView blank_state(const std::vector<TestTensor>& tensors, int rank, int num_ranks);
+// Empty when all slices have the bits of expected_state, else which differs.
+std::string difference(const StateView& found, const std::vector<TestTensor>& tensors, std::int64_t step, int rank,
+                       int num_ranks);
+
+}  // namespace shardtune
