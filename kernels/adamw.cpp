@@ -13,7 +13,7 @@ namespace {
 struct Factors {  // of one step, rounded to fp32 as ATen rounds its scalars
   float decay;
   float one_minus_beta1;
-  float beta1_residual;      // 1 - (1 - beta1) in fp32, for the branch of lerp below
+  float beta1_residual;  // 1 - (1 - beta1) in fp32, for the branch of lerp below
   float beta2;
   float one_minus_beta2;
   float minus_step_size;
@@ -102,8 +102,7 @@ void adamw_step(const AdamWSlice& slice, const AdamWOptions& options) {
   const Factors factors = make_factors(options);
   const Update run = choose_update(factors.one_minus_beta1 < 0.5F);
   constexpr std::int64_t kGrain = 1 << 15;
-  at::parallel_for(0, numel, kGrain,
-                   [&](std::int64_t begin, std::int64_t end) { run(pointers, begin, end, factors); });
+  at::parallel_for(0, numel, kGrain, [&](std::int64_t begin, std::int64_t end) { run(pointers, begin, end, factors); });
 }
 
 }  // namespace shardtune

@@ -4,8 +4,8 @@
 // operation rounded to fp32:
 //   p *= 1 - lr * weight_decay;  m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g * g;
 //   p -= (lr / (1 - beta1^t)) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
-// No contraction and no reassociation: the result does not depend on how tensors are cut, on alignment, on the number of
-// threads or on the instruction set.
+// No contraction and no reassociation: the result does not depend on how tensors are cut, on alignment, on the number
+// of threads or on the instruction set.
 #include <cstdint>
 
 #include <ATen/core/Tensor.h>
@@ -17,13 +17,14 @@ struct AdamWOptions {
   double beta1 = 0.9;
   double beta2 = 0.999;
   double eps = 1e-8;
-  double weight_decay = 0.0;   // 0 for the group without decay
-  std::int64_t step = 1;       // t, from 1: the number of this update
-  double grad_scale = 1.0;     // g = grad * grad_scale (the clip factor), rounded to fp32; grad is not written
+  double weight_decay = 0.0;  // 0 for the group without decay
+  std::int64_t step = 1;      // t, from 1: the number of this update
+  double grad_scale = 1.0;    // g = grad * grad_scale (the clip factor), rounded to fp32; grad is not written
 };
 
-// 1-d contiguous fp32 CPU tensors of equal size, possibly empty. param, exp_avg, exp_avg_sq are updated in place through
-// raw memory (no version counters). Thread-safe for disjoint tensors. Error{internal} for tensors that do not fit.
+// 1-d contiguous fp32 CPU tensors of equal size, possibly empty. param, exp_avg, exp_avg_sq are updated in place
+// through raw memory (no version counters). Thread-safe for disjoint tensors. Error{internal} for tensors that do not
+// fit.
 struct AdamWSlice {
   at::Tensor param;
   at::Tensor exp_avg;

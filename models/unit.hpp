@@ -6,6 +6,7 @@
 #include <vector>
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 
 namespace shardtune {
 
@@ -49,6 +50,10 @@ class UnitRunner {
   virtual ~UnitRunner() = default;
   virtual Tensors run(Unit& unit, const Tensors& inputs, const Forward& forward) = 0;
 };
+
+// Gives every parameter of the unit a value of its own: a leaf in `dtype` with the Hugging Face initialisation for `seed`.
+// For one device, tests and goldens; the parallel engine sets values itself.
+void materialize(Unit& unit, at::ScalarType dtype, std::uint64_t seed);
 
 // Calls forward directly: for one device, tests and goldens.
 class PlainRunner : public UnitRunner {

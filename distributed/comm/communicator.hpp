@@ -12,6 +12,7 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <utility>
 
 #include <ATen/core/Tensor.h>
 
@@ -20,7 +21,8 @@ namespace shardtune {
 enum class ReduceOp { sum, max, min };
 
 // A running collective. Move-only; wait() blocks until the result is in place and rethrows the operation's error.
-// Destroying an unwaited Work waits (a collective cannot be taken back) and swallows the error after logging it.
+// Destroying an unwaited Work waits (a collective cannot be taken back) and swallows the error after logging it; while an
+// exception is in flight it does not wait, because peers may never come (the operation itself keeps its tensors).
 class Work {
  public:
   Work() = default;  // already complete

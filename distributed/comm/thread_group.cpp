@@ -182,6 +182,7 @@ class InlineExecutor final : public Executor {
     operation();
     return {};
   }
+  void dispose(std::shared_ptr<Transport> /*transport*/) noexcept override {}
 };
 
 void run_rank(const std::shared_ptr<Group>& world, int rank, const std::function<void(Communicator&)>& body) {

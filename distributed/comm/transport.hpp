@@ -39,6 +39,8 @@ class Executor {
   // The operation's exception reaches the caller of submit() or of Work::wait(). The operation (and what it captured)
   // is destroyed before wait() returns.
   [[nodiscard]] virtual Work submit(std::function<void()> operation) = 0;
+  // Drops this reference after all that was submitted, where operations run. Does not wait: peers may be gone.
+  virtual void dispose(std::shared_ptr<Transport> transport) noexcept = 0;
 };
 
 }  // namespace shardtune

@@ -1,11 +1,9 @@
 #include "distributed/comm/transport_communicator.hpp"
 
-#include <exception>
 #include <utility>
 #include <vector>
 
 #include "core/hash.hpp"
-#include "core/log.hpp"
 #include "distributed/comm/argument_checks.hpp"
 
 namespace shardtune {
@@ -36,13 +34,7 @@ TransportCommunicator::TransportCommunicator(std::shared_ptr<Transport> transpor
       size_(transport_->size()),
       check_collectives_(check_collectives) {}
 
-TransportCommunicator::~TransportCommunicator() {
-  try {
-    executor_->submit([transport = std::move(transport_)]() mutable { transport.reset(); }).wait();
-  } catch (const std::exception&) {
-    // The group has failed before: whoever waited for the failing operation reports it.
-  }
-}
+TransportCommunicator::~TransportCommunicator() { executor_->dispose(std::move(transport_)); }
 
 template <class Operation>
 Work TransportCommunicator::submit(Fingerprint fingerprint, Operation operation) {

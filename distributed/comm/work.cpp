@@ -1,3 +1,4 @@
+#include <exception>
 #include <utility>
 
 #include "core/log.hpp"
@@ -14,7 +15,7 @@ Work& Work::operator=(Work&& other) noexcept {
 }
 
 Work::~Work() {
-  if (!wait_) return;
+  if (!wait_ || std::uncaught_exceptions() > 0) return;
   try {
     wait();
   } catch (const std::exception& e) {

@@ -58,7 +58,8 @@ double gradient_norm(Communicator& world, std::span<ShardedParameter* const> par
   for (const ShardedParameter* p : parameters) {
     check_internal(p->gradient.defined(), "gradient_norm: a gradient is missing");
     append_block_sums(*p, own);
-    for (int rank = 0; rank < world.size(); ++rank) counts[static_cast<std::size_t>(rank)] += p->layout.num_blocks_of(rank);
+    for (int rank = 0; rank < world.size(); ++rank)
+      counts[static_cast<std::size_t>(rank)] += p->layout.num_blocks_of(rank);
     num_blocks += p->layout.num_blocks();
   }
   at::Tensor in = at::empty({static_cast<std::int64_t>(own.size())}, at::kDouble);

@@ -24,10 +24,10 @@ class ByteCounter {
 };
 
 struct MemoryUse {
-  ByteCounter masters;        // fp32 master weights
-  ByteCounter compute;        // compute copies that are not aliases of masters, and the buffers of gathering them
-  ByteCounter gradients;      // packed and finished gradients, and the buffers of reducing them
-  ByteCounter partial_sums;   // of the canonical tree, between micro-batches
+  ByteCounter masters;       // fp32 master weights
+  ByteCounter compute;       // compute copies that are not aliases of masters, and the buffers of gathering them
+  ByteCounter gradients;     // packed and finished gradients, and the buffers of reducing them
+  ByteCounter partial_sums;  // of the canonical tree, between micro-batches
 };
 
 }  // namespace shardtune

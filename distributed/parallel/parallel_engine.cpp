@@ -16,8 +16,8 @@ namespace {
 
 const ParallelOptions& checked(const ParallelOptions& options) {
   if (options.compute_dtype != at::kFloat && options.compute_dtype != at::kBFloat16) {
-    fail(ErrorKind::config, fmt::format("compute dtype {} is not supported; use fp32 or bf16",
-                                        c10::toString(options.compute_dtype)));
+    fail(ErrorKind::config,
+         fmt::format("compute dtype {} is not supported; use fp32 or bf16", c10::toString(options.compute_dtype)));
   }
   if (!options.plan.is_available) find_sharding_plan(options.plan.name);
   return options;
@@ -31,8 +31,8 @@ ParallelEngine::ParallelEngine(std::vector<Unit*> units, Communicator& world, Pa
       reducer_({world_, options_.plan, options_.compute_dtype, memory_}, options_.probe),
       runner_(options_.gradient_checkpointing, [this](ShardUnit& unit) { complete(unit); }) {
   for (Unit* unit : units) {
-    units_.push_back(std::make_unique<ShardUnit>(
-        *unit, ShardContext{world_, options_.plan, options_.compute_dtype, memory_}));
+    units_.push_back(
+        std::make_unique<ShardUnit>(*unit, ShardContext{world_, options_.plan, options_.compute_dtype, memory_}));
     if (!unit->is_root) runner_.add_unit(*units_.back());
     for (ShardedParameter& p : units_.back()->parameters()) {
       parameters_.push_back(&p);
@@ -114,7 +114,8 @@ void ParallelEngine::complete(ShardUnit& unit) {
 void ParallelEngine::backward(const at::Tensor& loss) {
   expect(Phase::in_micro_batch, "backward");
   torch::autograd::backward({loss}, {});
-  // Left are the root (its gradients come from the outer graph, complete only now) and units the loss does not depend on.
+  // Left are the root (its gradients come from the outer graph, complete only now) and units the loss does not depend
+  // on.
   for (const auto& unit : units_) {
     const bool is_completed = std::find(completed_.begin(), completed_.end(), unit.get()) != completed_.end();
     if (unit->has_trainable() && !is_completed) complete(*unit);

@@ -14,8 +14,8 @@
 //   engine.finish_step();
 //   norm = engine.grad_norm();  optimizer reads ShardedParameter::gradient, updates ShardedParameter::master
 //   engine.after_optimizer_step();
-// Evaluation: { EvaluationScope scope(engine); per round as above: forward under no-grad; the ranks without a batch run a
-// dummy forward when runs_every_round(). }
+// Evaluation: { EvaluationScope scope(engine); per round as above: forward under no-grad; the ranks without a batch run
+// a dummy forward when runs_every_round(). }
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -30,10 +30,10 @@
 namespace shardtune {
 
 struct ParallelOptions {
-  ShardingPlan plan;                             // from find_sharding_plan
-  at::ScalarType compute_dtype = at::kFloat;     // kFloat or kBFloat16
-  bool gradient_checkpointing = false;           // of every non-root unit
-  GradientProbe probe = {};                      // tests only
+  ShardingPlan plan;                          // from find_sharding_plan
+  at::ScalarType compute_dtype = at::kFloat;  // kFloat or kBFloat16
+  bool gradient_checkpointing = false;        // of every non-root unit
+  GradientProbe probe = {};                   // tests only
 };
 
 class ParallelEngine {
@@ -50,8 +50,8 @@ class ParallelEngine {
   UnitRunner& runner() noexcept { return runner_; }
   const ShardingPlan& plan() const noexcept { return options_.plan; }
 
-  // Collective. Call after every rank has filled its distinct slices, p.slice_of(p.master), of every parameter (at start
-  // and at resume): makes masters whole where the plan keeps them whole, and refreshes the compute copies.
+  // Collective. Call after every rank has filled its distinct slices, p.slice_of(p.master), of every parameter (at
+  // start and at resume): makes masters whole where the plan keeps them whole, and refreshes the compute copies.
   void weights_loaded();
   // Collective, for tensors the optimizer cuts like masters (exp_avg, ...), after their distinct slices were filled.
   void gather_like_master(const ShardedParameter& parameter, at::Tensor like_master);
@@ -65,9 +65,11 @@ class ParallelEngine {
   void begin_step(std::int64_t num_micro_batches);  // local; drops what an abandoned step left
   // Collective where runs_every_round(); gathers the root unit for the rest of the step.
   void begin_micro_batch(std::int64_t round);
-  // Runs autograd from `loss` (a scalar that requires grad) and completes every unit. Collective where runs_every_round().
+  // Runs autograd from `loss` (a scalar that requires grad) and completes every unit. Collective where
+  // runs_every_round().
   void backward(const at::Tensor& loss);
-  // Collective. Afterwards every trainable parameter has its gradient: the sum over all V micro-batches. Frees the root.
+  // Collective. Afterwards every trainable parameter has its gradient: the sum over all V micro-batches. Frees the
+  // root.
   void finish_step();
   // Collective; between finish_step() and after_optimizer_step(). L2 norm of all gradients, same bits everywhere.
   double grad_norm();
@@ -92,7 +94,7 @@ class ParallelEngine {
   ParallelOptions options_;
   Communicator& world_;
   MemoryUse memory_;
-  std::vector<std::unique_ptr<ShardUnit>> units_;   // in the model's order
+  std::vector<std::unique_ptr<ShardUnit>> units_;  // in the model's order
   std::vector<ShardedParameter*> parameters_;
   std::vector<ShardedParameter*> trainable_;
   TreeReducer reducer_;
@@ -100,11 +102,11 @@ class ParallelEngine {
   Phase phase_ = Phase::idle;
   std::optional<RoundSchedule> schedule_;
   std::int64_t round_ = 0;
-  std::vector<const ShardUnit*> completed_;         // in this micro-batch
+  std::vector<const ShardUnit*> completed_;  // in this micro-batch
 };
 
-// Gathers the root unit for a stretch of evaluation and sets no-grad mode. Construction is collective, destruction local.
-// Not inside a training step.
+// Gathers the root unit for a stretch of evaluation and sets no-grad mode. Construction is collective, destruction
+// local. Not inside a training step.
 class EvaluationScope {
  public:
   explicit EvaluationScope(ParallelEngine& engine);

@@ -2,9 +2,10 @@
 // A unit of the model with the storage of its parameters: the grain of one gather and one reduction.
 //
 // Note [Why storage is resized, not swapped]
-// Autograd's saved tensors are views of a parameter's storage (a transposed weight, say). Freeing by resizing the storage
-// to 0 bytes and refilling the same storage keeps them valid between forward and backward. The data is written through
-// variable_data(), whose version counter is its own: param.copy_() would count as an in-place change of a saved tensor.
+// Autograd's saved tensors are views of a parameter's storage (a transposed weight, say). Freeing by resizing the
+// storage to 0 bytes and refilling the same storage keeps them valid between forward and backward. The data is written
+// through variable_data(), whose version counter is its own: param.copy_() would count as an in-place change of a saved
+// tensor.
 #include <cstdint>
 #include <string>
 #include <vector>

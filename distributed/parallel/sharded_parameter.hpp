@@ -14,8 +14,8 @@ struct ShardedParameter {
   ShardedParameter(Parameter& source, int num_ranks, int own_rank)
       : parameter(&source), layout(source.numel(), num_ranks), rank(own_rank) {}
 
-  Parameter* parameter;       // not owned: name, shape, is_norm, is_trainable, value
-  BlockLayout layout;         // over all ranks, the same for every plan
+  Parameter* parameter;  // not owned: name, shape, is_norm, is_trainable, value
+  BlockLayout layout;    // over all ranks, the same for every plan
   int rank;
   // fp32, 1-d, contiguous. ddp: the whole parameter; zero3: this rank's slice (possibly empty).
   at::Tensor master;

@@ -26,9 +26,9 @@ class ShardedRunner : public UnitRunner {
   void add_unit(ShardUnit& unit);  // non-root; outlives the runner
   void begin_micro_batch() { has_run_.clear(); }
 
-  // zero3: collective over the ranks in forward and again in backward. Under grad mode a unit runs once per micro-batch.
-  // Error{internal} for a unit that was not added or that runs twice.
-  // Inputs and outputs may be undefined or not differentiable; outputs are new tensors outside of the inner graph.
+  // zero3: collective over the ranks in forward and again in backward. Under grad mode a unit runs once per
+  // micro-batch. Error{internal} for a unit that was not added or that runs twice. Inputs and outputs may be undefined
+  // or not differentiable; outputs are new tensors outside of the inner graph.
   Tensors run(Unit& unit, const Tensors& inputs, const Forward& forward) override;
 
  private:

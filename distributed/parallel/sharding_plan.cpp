@@ -15,16 +15,36 @@ namespace {
 using enum MeshAxis;
 
 constexpr std::array<ShardingPlan, 5> kPlans{{
-    {.name = "ddp", .shard_axis = self, .replicate_axis = world,
-     .reshard_after_forward = false, .reduce_every_microbatch = false, .is_available = true},
-    {.name = "zero1", .shard_axis = world, .replicate_axis = self,
-     .reshard_after_forward = false, .reduce_every_microbatch = false, .is_available = false},
-    {.name = "zero2", .shard_axis = world, .replicate_axis = self,
-     .reshard_after_forward = false, .reduce_every_microbatch = true, .is_available = false},
-    {.name = "zero3", .shard_axis = world, .replicate_axis = self,
-     .reshard_after_forward = true, .reduce_every_microbatch = true, .is_available = true},
-    {.name = "hsdp", .shard_axis = node, .replicate_axis = across_nodes,
-     .reshard_after_forward = true, .reduce_every_microbatch = true, .is_available = false},
+    {.name = "ddp",
+     .shard_axis = self,
+     .replicate_axis = world,
+     .reshard_after_forward = false,
+     .reduce_every_microbatch = false,
+     .is_available = true},
+    {.name = "zero1",
+     .shard_axis = world,
+     .replicate_axis = self,
+     .reshard_after_forward = false,
+     .reduce_every_microbatch = false,
+     .is_available = false},
+    {.name = "zero2",
+     .shard_axis = world,
+     .replicate_axis = self,
+     .reshard_after_forward = false,
+     .reduce_every_microbatch = true,
+     .is_available = false},
+    {.name = "zero3",
+     .shard_axis = world,
+     .replicate_axis = self,
+     .reshard_after_forward = true,
+     .reduce_every_microbatch = true,
+     .is_available = true},
+    {.name = "hsdp",
+     .shard_axis = node,
+     .replicate_axis = across_nodes,
+     .reshard_after_forward = true,
+     .reduce_every_microbatch = true,
+     .is_available = false},
 }};
 
 // Levenshtein distance; names are a handful of characters.
@@ -52,7 +72,8 @@ const ShardingPlan& find_sharding_plan(std::string_view name) {
       return edit_distance(a.name, name) < edit_distance(b.name, name);
     });
     fail(ErrorKind::config, fmt::format("unknown sharding plan '{}'; did you mean '{}'? Plans: ddp, zero1, zero2, "
-                                        "zero3, hsdp", name, nearest->name));
+                                        "zero3, hsdp",
+                                        name, nearest->name));
   }
   if (!found->is_available) {
     fail(ErrorKind::config,

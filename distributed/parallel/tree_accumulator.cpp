@@ -50,9 +50,9 @@ TreeAccumulator::TreeAccumulator(std::int64_t num_leaves) : num_leaves_(num_leav
 
 void TreeAccumulator::add(TreeNode node, at::Tensor sum) {
   const at::NoGradGuard no_grad;
-  check_internal(node.level >= 0 && node.level <= top_level_ && node.index >= 0 &&
-                     (node.index << node.level) < num_leaves_,
-                 "TreeAccumulator: node outside of the tree");
+  check_internal(
+      node.level >= 0 && node.level <= top_level_ && node.index >= 0 && (node.index << node.level) < num_leaves_,
+      "TreeAccumulator: node outside of the tree");
   while (node.level < top_level_) {
     const std::int64_t sibling = node.index ^ 1;
     const bool sibling_is_empty = (sibling << node.level) >= num_leaves_;

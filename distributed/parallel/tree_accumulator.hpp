@@ -31,11 +31,11 @@ class TreeAccumulator {
   // copied out of it. Error{internal} for a node outside of the tree or one that was added before.
   void add(TreeNode node, at::Tensor sum);
 
-  bool is_complete() const noexcept;              // the root is there
-  at::Tensor take_root();                         // Error{internal} unless complete; empties the accumulator
+  bool is_complete() const noexcept;  // the root is there
+  at::Tensor take_root();             // Error{internal} unless complete; empties the accumulator
   using Entry = std::pair<TreeNode, at::Tensor>;
-  std::vector<Entry> take_nodes();                // what is left unmerged, from left to right; empties the accumulator
-  std::int64_t num_bytes() const noexcept;        // of the partial sums held
+  std::vector<Entry> take_nodes();          // what is left unmerged, from left to right; empties the accumulator
+  std::int64_t num_bytes() const noexcept;  // of the partial sums held
 
  private:
   std::int64_t num_leaves_;

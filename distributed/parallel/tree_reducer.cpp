@@ -14,9 +14,7 @@ RoundSchedule::RoundSchedule(const ShardingPlan& plan, int num_ranks, std::int64
   check_internal(num_micro_batches >= 1, "RoundSchedule: a step needs at least one micro-batch");
 }
 
-std::int64_t RoundSchedule::num_rounds() const noexcept {
-  return (num_micro_batches_ + num_ranks_ - 1) / num_ranks_;
-}
+std::int64_t RoundSchedule::num_rounds() const noexcept { return (num_micro_batches_ + num_ranks_ - 1) / num_ranks_; }
 
 std::pair<std::int64_t, std::int64_t> RoundSchedule::range(int rank) const noexcept {
   return {rank * num_micro_batches_ / num_ranks_, (rank + 1) * num_micro_batches_ / num_ranks_};
@@ -113,7 +111,8 @@ void TreeReducer::finish(ShardUnit& unit) {
     check_internal(own.size() == expected.size(), "TreeReducer: a micro-batch of this rank is missing");
     for (std::size_t i = 0; i < num_exchanges; ++i) {
       Contributions contributions;
-      for (const auto& of_rank : nodes) contributions.push_back(i < of_rank.size() ? std::optional(of_rank[i]) : std::nullopt);
+      for (const auto& of_rank : nodes)
+        contributions.push_back(i < of_rank.size() ? std::optional(of_rank[i]) : std::nullopt);
       check_internal(i >= own.size() || own[i].first == expected[i], "TreeReducer: unexpected partial sum");
       exchange(unit, i < own.size() ? own[i].second : at::Tensor(), contributions);
       if (i < own.size()) own[i].second.reset();

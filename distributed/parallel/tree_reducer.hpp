@@ -3,7 +3,8 @@
 // result has the same bits for any number of ranks and any plan. Slices travel to their owners by all_to_all; the owner
 // merges siblings.
 //   plans that reduce every micro-batch: each round's leaves go to the owners at once, which keep shard-sized partials;
-//   plans that reduce once: a rank sums its contiguous range of micro-batches into aligned subtrees, exchanged at the end.
+//   plans that reduce once: a rank sums its contiguous range of micro-batches into aligned subtrees, exchanged at the
+//   end.
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -54,8 +55,8 @@ class TreeReducer {
 
  private:
   struct UnitSums {
-    TreeAccumulator local;   // reduce-once plans: this rank's range, packed for all owners
-    TreeAccumulator owned;   // this rank's slices
+    TreeAccumulator local;  // reduce-once plans: this rank's range, packed for all owners
+    TreeAccumulator owned;  // this rank's slices
   };
   using Contributions = std::vector<std::optional<TreeNode>>;  // per rank: which node it sends now, if any
 

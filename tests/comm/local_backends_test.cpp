@@ -7,10 +7,10 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
-#include "conformance.hpp"
 #include "core/error.hpp"
 #include "distributed/comm/process_mesh.hpp"
 #include "distributed/comm/thread_group.hpp"
+#include "tests/comm/conformance.hpp"
 
 namespace shardtune {
 namespace {

@@ -87,8 +87,8 @@ TEST(AdamW, OneStepIsTheFormulaOperationByOperation) {
     const volatile float g_part = static_cast<float>(1.0 - o.beta2) * g;
     const volatile float v_change = g_part * g;
     const volatile float new_v = v_kept + v_change;
-    const volatile float root = std::sqrt(static_cast<float>(new_v)) /
-                                static_cast<float>(std::sqrt(1.0 - std::pow(o.beta2, 3.0)));
+    const volatile float root =
+        std::sqrt(static_cast<float>(new_v)) / static_cast<float>(std::sqrt(1.0 - std::pow(o.beta2, 3.0)));
     const volatile float denominator = root + static_cast<float>(o.eps);
     const volatile float decayed =
         before.param.const_data_ptr<float>()[i] * static_cast<float>(1.0 - o.lr * o.weight_decay);

@@ -8,7 +8,7 @@
 
 #include "core/error.hpp"
 #include "distributed/comm/thread_group.hpp"
-#include "toy_run.hpp"
+#include "tests/parallel/toy_run.hpp"
 
 namespace shardtune::toy {
 namespace {
@@ -28,8 +28,12 @@ std::int64_t full_bytes(const Unit& unit) {
 class Memory : public testing::TestWithParam<bool> {};
 
 TEST_P(Memory, UnderZero3AUnitsWeightsExistOnlyWhileItRuns) {
-  const ToyRun run{.frozen = Frozen::positions, .plan = "zero3", .dtype = at::kBFloat16, .checkpointing = GetParam(),
-                .num_ranks = 3, .num_micro_batches = 5};
+  const ToyRun run{.frozen = Frozen::positions,
+                   .plan = "zero3",
+                   .dtype = at::kBFloat16,
+                   .checkpointing = GetParam(),
+                   .num_ranks = 3,
+                   .num_micro_batches = 5};
   std::atomic<int> num_inside = 0;
   run_thread_ranks(run.num_ranks, [&](Communicator& world) {
     at::set_num_threads(1);
@@ -78,8 +82,11 @@ TEST(Memory, MastersAreCutUnderZero3AndWholeUnderDdp) {
 TEST(Memory, NothingOfAStepStaysBehind) {
   for (const char* plan : {"ddp", "zero3"}) {
     for (const bool checkpointing : {false, true}) {
-      const ToyRun run{.frozen = Frozen::embeddings, .plan = plan, .checkpointing = checkpointing, .num_ranks = 2,
-                    .num_micro_batches = 3};
+      const ToyRun run{.frozen = Frozen::embeddings,
+                       .plan = plan,
+                       .checkpointing = checkpointing,
+                       .num_ranks = 2,
+                       .num_micro_batches = 3};
       run_thread_ranks(run.num_ranks, [&](Communicator& world) {
         at::set_num_threads(1);
         Rank rank(run, world);
@@ -119,7 +126,8 @@ TEST(Evaluation, UnequalNumbersOfBatchesGiveThePlainLosses) {
   set_plain_values(plain, weights, at::kFloat);
   PlainRunner plain_runner;
   std::vector<float> wanted;
-  for (std::int64_t i = 0; i < kBatches; ++i) wanted.push_back(plain.loss(make_batch(0, i), plain_runner).item<float>());
+  for (std::int64_t i = 0; i < kBatches; ++i)
+    wanted.push_back(plain.loss(make_batch(0, i), plain_runner).item<float>());
   for (const char* plan : {"ddp", "zero3"}) {
     for (const int ranks : {1, 2, 3, 4}) {
       const ToyRun run{.frozen = Frozen::positions, .plan = plan, .checkpointing = true, .num_ranks = ranks};
@@ -161,6 +169,46 @@ TEST(Engine, AUnitTheLossDoesNotDependOnHasZeroGradients) {
       }
       EXPECT_EQ(num_unused, 4);
     });
+  }
+}
+
+TEST(Engine, OptimizerStateIsMadeWholeWhereMastersAre) {
+  for (const char* plan : {"ddp", "zero3"}) {
+    const ToyRun run{.plan = plan, .num_ranks = 3};
+    run_thread_ranks(run.num_ranks, [&](Communicator& world) {
+      at::set_num_threads(1);
+      Rank rank(run, world);
+      for (const ShardedParameter* p : rank.engine.trainable()) {
+        const at::Tensor state = at::full({p->master.numel()}, -1.0F);
+        p->slice_of(state).fill_(static_cast<float>(world.rank()));
+        rank.engine.gather_like_master(*p, state);
+        for (int owner = 0; owner < world.size(); ++owner) {
+          if (p->master.numel() != p->parameter->numel() && owner != world.rank()) continue;
+          const at::Tensor part = state.narrow(0, p->layout.begin(owner) - p->master_offset, p->layout.size(owner));
+          EXPECT_TRUE(at::equal(part, at::full_like(part, owner))) << p->parameter->name;
+        }
+      }
+    });
+  }
+}
+
+TEST(Engine, EveryWeightStartsOnA64ByteBoundaryAndIsALeafInTheComputeDtype) {
+  for (const char* plan : {"ddp", "zero3"}) {
+    for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+      const auto world = make_self_communicator();
+      Rank rank({.frozen = Frozen::positions, .plan = plan, .dtype = dtype}, *world);
+      const EvaluationScope scope(rank.engine);
+      for (const auto& unit : rank.engine.units()) {
+        const UnshardedScope unsharded(*unit);
+        for (const Parameter* p : unit->unit().parameters) {
+          EXPECT_EQ(reinterpret_cast<std::uintptr_t>(p->value.const_data_ptr()) % 64, 0U) << p->name;
+          EXPECT_EQ(p->value.scalar_type(), dtype);
+          EXPECT_TRUE(p->value.is_leaf());
+          EXPECT_EQ(p->value.requires_grad(), p->is_trainable);
+          EXPECT_TRUE(at::equal(p->value, initial_weight(*p).to(dtype))) << p->name;
+        }
+      }
+    }
   }
 }
 

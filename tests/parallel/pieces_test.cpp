@@ -21,7 +21,8 @@ namespace {
 at::Tensor random_tensor(std::uint64_t key, std::int64_t numel) {
   PhiloxStream random(key);
   at::Tensor tensor = at::empty({numel}, at::kFloat);
-  for (std::int64_t i = 0; i < numel; ++i) tensor.mutable_data_ptr<float>()[i] = static_cast<float>(random.next_normal());
+  for (std::int64_t i = 0; i < numel; ++i)
+    tensor.mutable_data_ptr<float>()[i] = static_cast<float>(random.next_normal());
   return tensor;
 }
 

@@ -3,7 +3,7 @@
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
-#include "toy_run.hpp"
+#include "tests/parallel/toy_run.hpp"
 
 namespace shardtune::toy {
 namespace {
@@ -24,8 +24,12 @@ TEST_P(Spike, GradientsHaveTheBitsOfThePlainRunUnderEveryPlanAndRankCount) {
     for (const char* plan : {"ddp", "zero3"}) {
       for (const bool checkpointing : {false, true}) {
         for (const int ranks : {1, 2, 3, 4}) {
-          const ToyRun run{.frozen = GetParam().frozen, .plan = plan, .dtype = GetParam().dtype,
-                        .checkpointing = checkpointing, .num_ranks = ranks, .num_micro_batches = v};
+          const ToyRun run{.frozen = GetParam().frozen,
+                           .plan = plan,
+                           .dtype = GetParam().dtype,
+                           .checkpointing = checkpointing,
+                           .num_ranks = ranks,
+                           .num_micro_batches = v};
           EXPECT_EQ(difference(gradients(run), wanted), "") << run.describe();
           ++num_checked;
         }
@@ -40,22 +44,26 @@ std::string name_of(const testing::TestParamInfo<Case>& info) {
   return std::string(frozen[static_cast<int>(info.param.frozen)]) + (info.param.dtype == at::kFloat ? "Fp32" : "Bf16");
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Toy, Spike,
-    testing::Values(Case{Frozen::nothing, at::kFloat}, Case{Frozen::positions, at::kFloat},
-                    Case{Frozen::embeddings, at::kFloat}, Case{Frozen::all_but_one_block, at::kFloat},
-                    Case{Frozen::nothing, at::kBFloat16}, Case{Frozen::positions, at::kBFloat16},
-                    Case{Frozen::embeddings, at::kBFloat16}, Case{Frozen::all_but_one_block, at::kBFloat16}),
-    name_of);
+INSTANTIATE_TEST_SUITE_P(Toy, Spike,
+                         testing::Values(Case{Frozen::nothing, at::kFloat}, Case{Frozen::positions, at::kFloat},
+                                         Case{Frozen::embeddings, at::kFloat},
+                                         Case{Frozen::all_but_one_block, at::kFloat},
+                                         Case{Frozen::nothing, at::kBFloat16}, Case{Frozen::positions, at::kBFloat16},
+                                         Case{Frozen::embeddings, at::kBFloat16},
+                                         Case{Frozen::all_but_one_block, at::kBFloat16}),
+                         name_of);
 
 // The comparison above must notice a broken reduction: two bugs are planted.
-GradientProbe on_rank(int rank, int culprit, GradientProbe probe) { return rank == culprit ? std::move(probe) : nullptr; }
+GradientProbe on_rank(int rank, int culprit, GradientProbe probe) {
+  return rank == culprit ? std::move(probe) : nullptr;
+}
 
 TEST(PlantedBug, ADroppedSliceTurnsTheComparisonRed) {
   at::set_num_threads(1);
   const Tensors wanted = reference_gradients(Frozen::positions, at::kFloat, 3);
   for (const char* plan : {"ddp", "zero3"}) {
-    ToyRun run{.frozen = Frozen::positions, .plan = plan, .checkpointing = true, .num_ranks = 3, .num_micro_batches = 3};
+    ToyRun run{
+        .frozen = Frozen::positions, .plan = plan, .checkpointing = true, .num_ranks = 3, .num_micro_batches = 3};
     run.make_probe = [](int rank) {
       return on_rank(rank, 1, [](const std::string& unit, at::Tensor packed) {
         if (unit == "block.1") packed.narrow(0, packed.numel() - 256, 256).zero_();
@@ -71,7 +79,8 @@ TEST(PlantedBug, AWrongScaleTurnsTheComparisonRed) {
   at::set_num_threads(1);
   const Tensors wanted = reference_gradients(Frozen::positions, at::kBFloat16, 2);
   for (const char* plan : {"ddp", "zero3"}) {
-    ToyRun run{.frozen = Frozen::positions, .plan = plan, .dtype = at::kBFloat16, .num_ranks = 2, .num_micro_batches = 2};
+    ToyRun run{
+        .frozen = Frozen::positions, .plan = plan, .dtype = at::kBFloat16, .num_ranks = 2, .num_micro_batches = 2};
     run.make_probe = [](int rank) {
       return on_rank(rank, 0, [](const std::string& unit, at::Tensor packed) {
         if (unit == "root") packed.mul_(1.0F + 1e-6F);
@@ -85,8 +94,12 @@ TEST(Training, FinalWeightsHaveTheSameBitsUnderEveryPlanAndRankCount) {
   at::set_num_threads(1);
   for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
     for (const std::int64_t v : {1, 3, 5}) {
-      const ToyRun base{.frozen = Frozen::positions, .plan = "ddp", .dtype = dtype, .num_micro_batches = v,
-                     .num_steps = 4, .max_grad_norm = 1.0};
+      const ToyRun base{.frozen = Frozen::positions,
+                        .plan = "ddp",
+                        .dtype = dtype,
+                        .num_micro_batches = v,
+                        .num_steps = 4,
+                        .max_grad_norm = 1.0};
       double base_norm = 0.0;
       const Tensors wanted = train(base, &base_norm);
       EXPECT_GT(base_norm, 1.0) << "clipping must be at work";
@@ -107,8 +120,13 @@ TEST(Training, FinalWeightsHaveTheSameBitsUnderEveryPlanAndRankCount) {
 
 TEST(Training, LearnsTheToyTask) {
   // A wrong sign or a stale compute copy would pass every comparison of runs with each other.
-  ToyRun run{.frozen = Frozen::nothing, .plan = "zero3", .dtype = at::kBFloat16, .num_ranks = 2, .num_micro_batches = 2,
-          .num_steps = 30, .num_distinct_steps = 2};
+  ToyRun run{.frozen = Frozen::nothing,
+             .plan = "zero3",
+             .dtype = at::kBFloat16,
+             .num_ranks = 2,
+             .num_micro_batches = 2,
+             .num_steps = 30,
+             .num_distinct_steps = 2};
   const Tensors weights = train(run);
   Model model(run.frozen);
   PlainRunner runner;

@@ -1,4 +1,4 @@
-#include "toy_model.hpp"
+#include "tests/parallel/toy_model.hpp"
 
 #include <algorithm>
 #include <functional>

@@ -1,4 +1,4 @@
-#include "toy_run.hpp"
+#include "tests/parallel/toy_run.hpp"
 
 #include <cstring>
 #include <limits>
@@ -42,7 +42,9 @@ void optimizer_step(Rank& rank, const ToyRun& run, std::vector<AdamWSlice>& stat
     const ShardedParameter& p = *trainable[i];
     if (state.size() <= i) state.push_back({p.master, at::zeros_like(p.master), at::zeros_like(p.master), {}});
     state[i].grad = p.gradient;
-    adamw_step(state[i], {.lr = 1e-2, .weight_decay = has_weight_decay(*p.parameter) ? 0.1 : 0.0, .step = step + 1,
+    adamw_step(state[i], {.lr = 1e-2,
+                          .weight_decay = has_weight_decay(*p.parameter) ? 0.1 : 0.0,
+                          .step = step + 1,
                           .grad_scale = clip_factor(norm, run.max_grad_norm)});
     state[i].grad.reset();
   }
@@ -58,12 +60,14 @@ std::string ToyRun::describe() const {
 Rank::Rank(const ToyRun& run, Communicator& world)
     : model(run.frozen),
       engine(model.units(), world,
-             {.plan = find_sharding_plan(run.plan), .compute_dtype = run.dtype,
+             {.plan = find_sharding_plan(run.plan),
+              .compute_dtype = run.dtype,
               .gradient_checkpointing = run.checkpointing,
               .probe = run.make_probe ? run.make_probe(world.rank()) : GradientProbe()}) {
   for (ShardedParameter* p : engine.parameters()) {
     p->master.fill_(std::numeric_limits<float>::quiet_NaN());
-    p->slice_of(p->master).copy_(initial_weight(*p->parameter).view({-1}).narrow(0, p->slice_offset(), p->slice_numel()));
+    p->slice_of(p->master).copy_(
+        initial_weight(*p->parameter).view({-1}).narrow(0, p->slice_offset(), p->slice_numel()));
   }
   engine.weights_loaded();
 }
@@ -81,19 +85,38 @@ void run_micro_batches(Rank& rank, const ToyRun& run, std::int64_t step) {
   engine.finish_step();
 }
 
+void gradients_on_rank(const ToyRun& run, Communicator& world, const Sink& sink) {
+  at::set_num_threads(1);
+  Rank rank(run, world);
+  run_micro_batches(rank, run, 0);
+  for (const ShardedParameter* p : rank.engine.trainable()) sink(*p, p->gradient);
+}
+
+double train_on_rank(const ToyRun& run, Communicator& world, const Sink& sink) {
+  at::set_num_threads(1);
+  Rank rank(run, world);
+  std::vector<AdamWSlice> state;
+  double norm = 0.0;
+  for (std::int64_t step = 0; step < run.num_steps; ++step) {
+    run_micro_batches(rank, run, step % run.num_distinct_steps);
+    norm = rank.engine.grad_norm();
+    optimizer_step(rank, run, state, step, norm);
+    rank.engine.after_optimizer_step();
+  }
+  for (const ShardedParameter* p : rank.engine.parameters()) sink(*p, p->master);
+  return norm;
+}
+
 Tensors gradients(const ToyRun& run) {
   Assembly assembly;
   std::mutex mutex;
   std::map<int, Tensors> whole_of_rank;
   run_thread_ranks(run.num_ranks, [&](Communicator& world) {
-    at::set_num_threads(1);
-    Rank rank(run, world);
-    run_micro_batches(rank, run, 0);
     Tensors whole;
-    for (ShardedParameter* p : rank.engine.trainable()) {
-      assembly.put(*p, p->slice_of(p->gradient));
-      if (run.plan == "ddp") whole[p->parameter->name] = p->gradient.clone().view(p->parameter->shape);
-    }
+    gradients_on_rank(run, world, [&](const ShardedParameter& p, const at::Tensor& gradient) {
+      assembly.put(p, p.slice_of(gradient));
+      if (run.plan == "ddp") whole[p.parameter->name] = gradient.clone().view(p.parameter->shape);
+    });
     const std::lock_guard lock(mutex);
     whole_of_rank[world.rank()] = std::move(whole);
   });
@@ -109,17 +132,8 @@ Tensors train(const ToyRun& run, double* norm) {
   Assembly assembly;
   std::mutex mutex;
   run_thread_ranks(run.num_ranks, [&](Communicator& world) {
-    at::set_num_threads(1);
-    Rank rank(run, world);
-    std::vector<AdamWSlice> state;
-    double last_norm = 0.0;
-    for (std::int64_t step = 0; step < run.num_steps; ++step) {
-      run_micro_batches(rank, run, step % run.num_distinct_steps);
-      last_norm = rank.engine.grad_norm();
-      optimizer_step(rank, run, state, step, last_norm);
-      rank.engine.after_optimizer_step();
-    }
-    for (ShardedParameter* p : rank.engine.parameters()) assembly.put(*p, p->slice_of(p->master));
+    const double last_norm = train_on_rank(
+        run, world, [&](const ShardedParameter& p, const at::Tensor& master) { assembly.put(p, p.slice_of(master)); });
     const std::lock_guard lock(mutex);
     if (norm != nullptr) *norm = last_norm;
   });

@@ -6,7 +6,7 @@
 
 #include "distributed/comm/communicator.hpp"
 #include "distributed/parallel/parallel_engine.hpp"
-#include "toy_model.hpp"
+#include "tests/parallel/toy_model.hpp"
 
 namespace shardtune::toy {
 
@@ -17,8 +17,8 @@ struct ToyRun {
   bool checkpointing = false;
   int num_ranks = 1;
   std::int64_t num_micro_batches = 1;
-  std::int64_t num_steps = 1;     // for train()
-  double max_grad_norm = 0.0;     // for train()
+  std::int64_t num_steps = 1;              // for train()
+  double max_grad_norm = 0.0;              // for train()
   std::int64_t num_distinct_steps = 1000;  // train() repeats the batches after so many steps
   // Made on every rank; may return an empty probe.
   std::function<GradientProbe(int rank)> make_probe = {};
@@ -35,9 +35,15 @@ struct Rank {
 // One rank's part of the gradients of a step, up to finish_step().
 void run_micro_batches(Rank& rank, const ToyRun& run, std::int64_t step);
 
-// Whole gradients of step 0, assembled of the distinct slices; under ddp every rank's whole gradient is compared with it.
+// Called for every parameter concerned, with a tensor that is cut like the master.
+using Sink = std::function<void(const ShardedParameter& parameter, const at::Tensor& like_master)>;
+// Collective. The gradients of step 0.
+void gradients_on_rank(const ToyRun& run, Communicator& world, const Sink& sink);
+// Collective. The fp32 masters after num_steps of AdamW with clipping. Returns the gradient norm of the last step.
+double train_on_rank(const ToyRun& run, Communicator& world, const Sink& sink);
+
+// The same on thread ranks, assembled of the distinct slices. Under ddp every rank's whole gradient is compared, too.
 Tensors gradients(const ToyRun& run);
-// Whole fp32 weights after num_steps of AdamW with clipping; norms of the last step in `norm` when given.
 Tensors train(const ToyRun& run, double* norm = nullptr);
 
 // Empty when both hold the same names and bits, else what differs.

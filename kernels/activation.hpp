@@ -1,0 +1,20 @@
+#pragma once
+// Point-wise activations by their Hugging Face names (transformers' ACT2FN). fp32 or bf16; the value is computed in
+// fp32.
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include <ATen/core/Tensor.h>
+
+namespace shardtune {
+
+enum class Activation { gelu_erf, gelu_tanh, relu, silu, tanh };
+
+// gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu, silu, swish, tanh; nullopt for anything else.
+std::optional<Activation> find_activation(std::string_view name);
+std::string activation_names();  // the list above, for messages
+
+at::Tensor activate(const at::Tensor& x, Activation activation);
+
+}  // namespace shardtune

@@ -1,0 +1,240 @@
+#include "kernels/attention.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <span>
+#include <tuple>
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "core/error.hpp"
+
+namespace shardtune {
+namespace {
+
+using Offsets = std::vector<std::int64_t>;
+
+// Largest block of fp32 probabilities of the dropout path, in elements (8 MiB).
+constexpr std::int64_t kBlockElements = std::int64_t{2} << 20;
+
+std::uint64_t mask_row(std::int64_t token, std::int64_t head) {
+  return (static_cast<std::uint64_t>(token) << 16) | static_cast<std::uint64_t>(head);
+}
+
+struct OptionsHolder : torch::CustomClassHolder {
+  explicit OptionsHolder(const AttentionOptions& given) : options(given) {}
+  AttentionOptions options;
+};
+
+// Rows [begin, end) of [T, heads, D] as the [1, heads, n, D] view that ATen's kernels take.
+at::Tensor segment(const at::Tensor& x, std::int64_t begin, std::int64_t end) {
+  return x.slice(0, begin, end).transpose(0, 1).unsqueeze(0);
+}
+
+void flash_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options,
+                   at::Tensor& out, at::Tensor& log_sum_exp) {
+  const Offsets& offsets = *options.segment_offsets;
+  for (std::size_t s = 0; s + 1 < offsets.size(); ++s) {
+    const std::int64_t begin = offsets[s], end = offsets[s + 1];
+    const auto [o, lse] = at::_scaled_dot_product_flash_attention_for_cpu(
+        segment(q, begin, end), segment(k, begin, end), segment(v, begin, end), 0.0, options.is_causal, {},
+        options.scale);
+    segment(out, begin, end).copy_(o);
+    log_sum_exp.slice(0, begin, end).copy_(lse.squeeze(0).transpose(0, 1));
+  }
+}
+
+// --- dropout path ------------------------------------------------------------------------------------------------
+
+// One block of query rows of one key/value head with the query heads that share it.
+struct Block {
+  std::int64_t kv_head, heads_per_kv;
+  std::int64_t segment_begin, row_begin, row_end, key_end;  // all positions in the packed row
+
+  // [T, H, D] -> [heads_per_kv, rows, D] fp32
+  at::Tensor queries(const at::Tensor& q) const {
+    return q.slice(1, kv_head * heads_per_kv, (kv_head + 1) * heads_per_kv)
+        .slice(0, row_begin, row_end)
+        .transpose(0, 1)
+        .to(at::kFloat);
+  }
+  // [T, K, D] -> [1, keys, D], broadcast over the query heads
+  at::Tensor keys(const at::Tensor& k) const {
+    return k.slice(1, kv_head, kv_head + 1).slice(0, segment_begin, key_end).transpose(0, 1);
+  }
+};
+
+template <class F>
+void for_each_block(const at::Tensor& q, const at::Tensor& k, const AttentionOptions& options, const F& visit) {
+  const Offsets& offsets = *options.segment_offsets;
+  const std::int64_t kv_heads = k.size(1), heads_per_kv = q.size(1) / kv_heads;
+  for (std::size_t s = 0; s + 1 < offsets.size(); ++s) {
+    const std::int64_t begin = offsets[s], end = offsets[s + 1];
+    const std::int64_t rows = std::max<std::int64_t>(1, kBlockElements / ((end - begin) * heads_per_kv));
+    for (std::int64_t kv = 0; kv < kv_heads; ++kv)
+      for (std::int64_t row = begin; row < end; row += rows) {
+        const std::int64_t row_end = std::min(end, row + rows);
+        visit(Block{kv, heads_per_kv, begin, row, row_end, options.is_causal ? row_end : end});
+      }
+  }
+}
+
+// softmax(q k^T) of a block, [heads_per_kv, rows, keys] fp32, before dropout.
+at::Tensor probabilities(const at::Tensor& queries, const at::Tensor& keys, const Block& block,
+                         const AttentionOptions& options) {
+  at::Tensor scores = at::matmul(queries, keys.transpose(1, 2)).mul_(options.scale);
+  if (options.is_causal && block.key_end > block.row_begin + 1) {
+    const at::Tensor future =
+        at::ones({block.row_end - block.row_begin, block.key_end - block.segment_begin}, at::kBool)
+            .triu_(block.row_begin - block.segment_begin + 1);
+    scores.masked_fill_(future, -std::numeric_limits<float>::infinity());
+  }
+  return at::softmax(scores, -1);
+}
+
+at::Tensor dropout_mask(const Block& block, const DropoutSite& site) {
+  const std::int64_t rows = block.row_end - block.row_begin, keys = block.key_end - block.segment_begin;
+  at::Tensor mask = at::empty({block.heads_per_kv, rows, keys}, at::kFloat);
+  auto* into = mask.mutable_data_ptr<float>();
+  const std::int64_t kv_heads_before = block.kv_head * block.heads_per_kv;
+  at::parallel_for(0, block.heads_per_kv * rows, 64, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t head = kv_heads_before + i / rows, token = block.row_begin + i % rows;
+      fill_dropout_row(site, mask_row(token, head), std::span<float>(into + i * keys, static_cast<std::size_t>(keys)));
+    }
+  });
+  return mask;
+}
+
+void dropout_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options,
+                     at::Tensor& out) {
+  for_each_block(q, k, options, [&](const Block& block) {
+    at::Tensor p = probabilities(block.queries(q), block.keys(k).to(at::kFloat), block, options);
+    p.mul_(dropout_mask(block, options.dropout));
+    const at::Tensor o = at::matmul(p, block.keys(v).to(at::kFloat));
+    out.slice(1, block.kv_head * block.heads_per_kv, (block.kv_head + 1) * block.heads_per_kv)
+        .slice(0, block.row_begin, block.row_end)
+        .copy_(o.transpose(0, 1));
+  });
+}
+
+struct Grads {
+  at::Tensor q, k, v;
+};
+
+Grads dropout_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                       const AttentionOptions& options) {
+  // A key belongs to several blocks of query rows: its gradient is summed in fp32.
+  Grads grads{at::empty_like(q, at::MemoryFormat::Contiguous), at::zeros(k.sizes(), at::kFloat),
+              at::zeros(v.sizes(), at::kFloat)};
+  for_each_block(q, k, options, [&](const Block& block) {
+    const at::Tensor queries = block.queries(q), d_out = block.queries(grad);
+    const at::Tensor keys = block.keys(k).to(at::kFloat), values = block.keys(v).to(at::kFloat);
+    const at::Tensor p = probabilities(queries, keys, block, options);
+    const at::Tensor mask = dropout_mask(block, options.dropout);
+    at::Tensor ds = at::matmul(d_out, values.transpose(1, 2)).mul_(mask);
+    block.keys(grads.v).add_(at::matmul((p * mask).transpose(1, 2), d_out).sum(0, true));
+    ds = ds.sub_((ds * p).sum(-1, true)).mul_(p).mul_(options.scale);
+    block.keys(grads.k).add_(at::matmul(ds.transpose(1, 2), queries).sum(0, true));
+    grads.q.slice(1, block.kv_head * block.heads_per_kv, (block.kv_head + 1) * block.heads_per_kv)
+        .slice(0, block.row_begin, block.row_end)
+        .copy_(at::matmul(ds, keys).transpose(0, 1));
+  });
+  return {grads.q, grads.k.to(k.scalar_type()), grads.v.to(v.scalar_type())};
+}
+
+// -----------------------------------------------------------------------------------------------------------------
+
+struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k,
+                            const at::Tensor& v, const c10::intrusive_ptr<OptionsHolder>& holder) {
+    const AttentionOptions& options = holder->options;
+    ctx->saved_data["options"] = c10::IValue::make_capsule(holder);
+    at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2)}, q.options());
+    if (options.dropout.is_active()) {
+      dropout_forward(q, k, v, options, out);
+      ctx->save_for_backward({q, k, v});
+    } else {
+      at::Tensor log_sum_exp = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
+      flash_forward(q, k, v, options, out, log_sum_exp);
+      ctx->save_for_backward({q, k, v, out, log_sum_exp});
+    }
+    return out;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grad_outputs) {
+    const auto saved = ctx->get_saved_variables();
+    const at::Tensor &q = saved[0], &k = saved[1], &v = saved[2];
+    const auto capsule = ctx->saved_data["options"].toCapsule();
+    const AttentionOptions& options = static_cast<OptionsHolder*>(capsule.get())->options;
+    const at::Tensor grad = grad_outputs[0].contiguous();
+    if (options.dropout.is_active()) {
+      const Grads grads = dropout_backward(grad, q, k, v, options);
+      return {grads.q, grads.k, grads.v, {}};
+    }
+    const at::Tensor &out = saved[3], &log_sum_exp = saved[4];
+    at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()),
+               dv = at::empty(v.sizes(), v.options());
+    const Offsets& offsets = *options.segment_offsets;
+    for (std::size_t s = 0; s + 1 < offsets.size(); ++s) {
+      const std::int64_t begin = offsets[s], end = offsets[s + 1];
+      const auto [gq, gk, gv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+          segment(grad, begin, end), segment(q, begin, end), segment(k, begin, end), segment(v, begin, end),
+          segment(out, begin, end), segment(log_sum_exp.unsqueeze(-1), begin, end).squeeze(-1), 0.0, options.is_causal,
+          {}, options.scale);
+      segment(dq, begin, end).copy_(gq);
+      segment(dk, begin, end).copy_(gk);
+      segment(dv, begin, end).copy_(gv);
+    }
+    return {dq, dk, dv, {}};
+  }
+};
+
+void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options) {
+  check_internal(q.dim() == 3 && k.dim() == 3 && v.sizes() == k.sizes(), "attention takes [T, heads, D] tensors");
+  check_internal(q.size(1) % k.size(1) == 0, "query heads must be a multiple of key/value heads");
+  check_internal(options.segment_offsets != nullptr && options.segment_offsets->front() == 0 &&
+                     options.segment_offsets->back() == q.size(0) && k.size(0) == q.size(0),
+                 "segment offsets must cover the row");
+}
+
+}  // namespace
+
+at::Tensor varlen_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                            const AttentionOptions& options) {
+  check(q, k, v, options);
+  return VarlenAttention::apply(q, k, v, c10::make_intrusive<OptionsHolder>(options));
+}
+
+at::Tensor varlen_attention_reference(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                      const AttentionOptions& options) {
+  check(q, k, v, options);
+  const Offsets& offsets = *options.segment_offsets;
+  const std::int64_t heads_per_kv = q.size(1) / k.size(1);
+  std::vector<at::Tensor> outputs;
+  for (std::size_t s = 0; s + 1 < offsets.size(); ++s) {
+    const std::int64_t begin = offsets[s], end = offsets[s + 1], n = end - begin;
+    const at::Tensor qs = q.slice(0, begin, end).transpose(0, 1);
+    const at::Tensor ks = k.slice(0, begin, end).transpose(0, 1).repeat_interleave(heads_per_kv, 0);
+    const at::Tensor vs = v.slice(0, begin, end).transpose(0, 1).repeat_interleave(heads_per_kv, 0);
+    at::Tensor scores = at::matmul(qs, ks.transpose(1, 2)) * options.scale;
+    if (options.is_causal)
+      scores = scores.masked_fill(at::ones({n, n}, at::kBool).triu(1), -std::numeric_limits<double>::infinity());
+    at::Tensor p = at::softmax(scores, -1);
+    if (options.dropout.is_active()) {
+      at::Tensor mask = at::empty({q.size(1), n, n}, at::kFloat);
+      for (std::int64_t h = 0; h < q.size(1); ++h)
+        for (std::int64_t i = 0; i < n; ++i)
+          for (std::int64_t j = 0; j < n; ++j)
+            mask[h][i][j] = dropout_multiplier(options.dropout, mask_row(begin + i, h), static_cast<std::uint64_t>(j));
+      p = p * mask.to(p.scalar_type());
+    }
+    outputs.push_back(at::matmul(p, vs).transpose(0, 1));
+  }
+  return at::cat(outputs);
+}
+
+}  // namespace shardtune

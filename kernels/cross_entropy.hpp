@@ -1,0 +1,35 @@
+#pragma once
+// Cross-entropy losses as SUMS times a factor. Labels are int64; kIgnoredLabel is not counted. A label outside [0, C)
+// that is not kIgnoredLabel is Error{data}. All sums in fp32 or better.
+// Legend: T tokens, D hidden size, V vocabulary, S examples, C classes.
+#include <cstdint>
+#include <memory>
+
+#include <ATen/core/Tensor.h>
+
+#include "kernels/embedding.hpp"
+
+namespace shardtune {
+
+inline constexpr std::int64_t kIgnoredLabel = -100;
+
+// Classification: logits [S, C] fp32, labels [S]. Result: fp32 scalar, loss_scale * sum of the losses.
+at::Tensor cross_entropy_sum(const at::Tensor& logits, const at::Tensor& labels, double loss_scale);
+
+struct HeadOptions {
+  double loss_scale = 1.0;
+  std::int64_t chunk_rows = 0;         // 0 = chosen from V alone (about 16 Mi logits a chunk, 1024 rows at most)
+  std::shared_ptr<TiedGradient> tied;  // see embedding.hpp; set when weight is also the embedding table
+};
+
+// Language-model head and loss in one: logits = hidden weight^T, loss_scale * sum of the losses of the labelled rows.
+// hidden [T, D], weight [V, D] fp32 or bf16, labels [T]. Only labelled rows are multiplied, chunk by chunk; the [T, V]
+// logits never exist. The gradients are made in the forward pass (recipe: Liger kernel's fused linear cross-entropy,
+// Hsu et al. 2024) and are all that is saved: d hidden [T, D] and d weight [V, D] in fp32. Without gradient mode, or
+// where neither input wants one, only the loss is computed. In bf16 logits are rounded to bf16, as in transformers.
+at::Tensor linear_cross_entropy_sum(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& labels,
+                                    const HeadOptions& options);
+at::Tensor linear_cross_entropy_sum_reference(const at::Tensor& hidden, const at::Tensor& weight,
+                                              const at::Tensor& labels, double loss_scale);
+
+}  // namespace shardtune

@@ -1,0 +1,36 @@
+#pragma once
+// Dropout whose mask is a function of a key and the element's index: nothing is saved for the backward pass, and a
+// recomputed forward pass sees the same mask. y = x * m, m = 0 with probability p, else 1 / (1 - p).
+//
+// Element e of row r is dropped when word (e % 64) / 16 of the Philox4x32-10 block with counter
+// (low = e / 64 * 16 + e % 16, high = r) under the site's key is below p * 2^32. Thread-safe.
+#include <cstdint>
+#include <span>
+
+#include <ATen/core/Tensor.h>
+
+#include "core/batch.hpp"
+
+namespace shardtune {
+
+// One place of a model where dropout acts, in one micro-batch.
+struct DropoutSite {
+  double probability = 0;  // 0 = off; in [0, 1]
+  std::uint64_t key = 0;
+
+  bool is_active() const { return probability > 0; }
+};
+
+// Off unless the context is training. `site` numbers the places of a model; it must never change for a given place.
+DropoutSite make_dropout_site(const ForwardContext& context, std::int64_t site, double probability);
+
+// x: fp32 or bf16 of any shape, taken as one row (r = 0) of numel elements in logical order. Returns x itself when off.
+at::Tensor dropout(const at::Tensor& x, const DropoutSite& site);
+at::Tensor dropout_reference(const at::Tensor& x, const DropoutSite& site);
+
+// The multipliers m of elements [0, into.size()) of `row`.
+void fill_dropout_row(const DropoutSite& site, std::uint64_t row, std::span<float> into);
+// One multiplier by the definition above, for tests and references.
+float dropout_multiplier(const DropoutSite& site, std::uint64_t row, std::uint64_t element);
+
+}  // namespace shardtune

@@ -1,0 +1,17 @@
+#pragma once
+// Normalisation of the last dimension. x [T, D], weight and bias [D]; fp32 or bf16, all of one dtype. Statistics and
+// sums are taken in fp32 or better. Each saves x, the weight (a reference) and one or two fp32 numbers per row.
+#include <ATen/core/Tensor.h>
+
+namespace shardtune {
+
+// (x - mean) / sqrt(variance + eps) * weight + bias (Ba et al. 2016), variance with divisor D.
+at::Tensor layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps);
+at::Tensor layer_norm_reference(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps);
+
+// x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019). As transformers' LlamaRMSNorm, except that in bf16 the
+// normalised value is not rounded before it is multiplied by the weight.
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
+at::Tensor rms_norm_reference(const at::Tensor& x, const at::Tensor& weight, double eps);
+
+}  // namespace shardtune

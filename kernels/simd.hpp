@@ -1,0 +1,114 @@
+#pragma once
+// Private to kernels/: sixteen-lane vectors in GCC's vector extension and a run-time choice of the instruction set.
+// The lane structure is the same on every instruction set and the sources are compiled without FMA contraction, so
+// AVX-512, AVX2 and SSE2 give the same bits.
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include <c10/util/BFloat16.h>
+
+#define SHARDTUNE_INLINE inline __attribute__((always_inline))
+
+namespace shardtune::simd {
+
+inline constexpr std::int64_t kLanes = 16;
+using Float = float __attribute__((vector_size(64)));
+using Int = std::int32_t __attribute__((vector_size(64)));
+using Word = std::uint32_t __attribute__((vector_size(64)));
+using Half = std::uint16_t __attribute__((vector_size(32)));
+
+SHARDTUNE_INLINE Float broadcast(float value) { return Float{} + value; }
+
+SHARDTUNE_INLINE Float load(const float* from) {
+  Float value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+SHARDTUNE_INLINE Float load(const c10::BFloat16* from) {
+  Half half;
+  std::memcpy(&half, from, sizeof half);
+  const Word wide = __builtin_convertvector(half, Word) << 16;
+  Float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+SHARDTUNE_INLINE void store(float* to, const Float& value) { std::memcpy(to, &value, sizeof value); }
+// Round to nearest even, NaN stays NaN: the same as c10::BFloat16's conversion.
+SHARDTUNE_INLINE void store(c10::BFloat16* to, const Float& value) {
+  Word bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const Word rounded = (bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16;
+  const Word chosen = value == value ? rounded : Word{} + 0x7FC0U;
+  const Half half = __builtin_convertvector(chosen, Half);
+  std::memcpy(to, &half, sizeof half);
+}
+
+// Tails: the missing lanes are filled with `filler` and not written back.
+template <class T>
+SHARDTUNE_INLINE Float load_some(const T* from, std::int64_t count, float filler) {
+  T lanes[kLanes];
+  for (std::int64_t i = 0; i < kLanes; ++i) lanes[i] = static_cast<T>(filler);
+  std::memcpy(lanes, from, static_cast<std::size_t>(count) * sizeof(T));
+  return load(lanes);
+}
+template <class T>
+SHARDTUNE_INLINE void store_some(T* to, const Float& value, std::int64_t count) {
+  T lanes[kLanes];
+  store(lanes, value);
+  std::memcpy(to, lanes, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+// Lanes are added in a fixed tree.
+SHARDTUNE_INLINE double sum_lanes(const Float& value) {
+  double lanes[kLanes];
+  for (std::int64_t i = 0; i < kLanes; ++i) lanes[i] = value[i];
+  for (std::int64_t width = kLanes / 2; width > 0; width /= 2)
+    for (std::int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// e^x for x <= 0: Cody-Waite reduction and the degree-6 polynomial of Cephes' expf; relative error below 2e-7.
+// Below -87.3 the result is 0 (so is e^-inf); NaN stays NaN.
+SHARDTUNE_INLINE Float exp_non_positive(const Float& x) {
+  const Float clamped = x > -87.33F ? x : broadcast(-87.33F);
+  const Int exponent = __builtin_convertvector(clamped * 1.44269504088896341F - 0.5F, Int);  // rounds: operand < 0
+  const Float n = __builtin_convertvector(exponent, Float);
+  const Float r = (clamped - n * 0.693359375F) + n * 2.12194440e-4F;
+  Float p = broadcast(1.9875691500e-4F);
+  p = p * r + 1.3981999507e-3F;
+  p = p * r + 8.3334519073e-3F;
+  p = p * r + 4.1665795894e-2F;
+  p = p * r + 1.6666665459e-1F;
+  p = p * r + 5.0000001201e-1F;
+  p = p * r * r + r + 1.0F;
+  const Int power_bits = (exponent + 127) << 23;
+  Float power;
+  std::memcpy(&power, &power_bits, sizeof power);
+  const Float result = x > -87.33F ? p * power : Float{};
+  return x == x ? result : x;
+}
+
+template <class F>
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) void run_avx512(const F& body) {
+  body();
+}
+template <class F>
+__attribute__((target("avx2"))) void run_avx2(const F& body) {
+  body();
+}
+
+// Runs `body`, a lambda marked SHARDTUNE_VECTOR_BODY, compiled for the best instruction set of this processor.
+template <class F>
+void dispatch(const F& body) {
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    run_avx512(body);
+  else if (__builtin_cpu_supports("avx2"))
+    run_avx2(body);
+  else
+    body();
+}
+
+}  // namespace shardtune::simd
+
+#define SHARDTUNE_VECTOR_BODY __attribute__((always_inline))

@@ -1,0 +1,12 @@
+#pragma once
+// The factories behind the registry, one per architecture file. Private to models/.
+#include <memory>
+
+#include "models/model.hpp"
+
+namespace shardtune {
+
+std::unique_ptr<Model> make_bert(const ModelRequest& request);
+std::unique_ptr<Model> make_llama(const ModelRequest& request);
+
+}  // namespace shardtune

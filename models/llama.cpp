@@ -1,0 +1,214 @@
+// Llama (Touvron et al. 2023; transformers' LlamaForCausalLM): RMS norm, rotary positions, grouped queries, gated MLP,
+// tied or untied head.
+// Legend: T tokens of the row, D hidden size, H query heads, G key/value heads, K head size, F intermediate size,
+// V vocabulary.
+#include <cmath>
+#include <deque>
+#include <string_view>
+
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+
+#include "core/error.hpp"
+#include "kernels/attention.hpp"
+#include "kernels/cross_entropy.hpp"
+#include "kernels/embedding.hpp"
+#include "kernels/gated_mlp.hpp"
+#include "kernels/linear.hpp"
+#include "kernels/norm.hpp"
+#include "kernels/rope.hpp"
+#include "models/architectures.hpp"
+#include "models/config_reader.hpp"
+#include "models/model_parts.hpp"
+#include "models/rope_config.hpp"
+
+namespace shardtune {
+namespace {
+
+// Place of attention dropout, fixed for ever: masks are keyed by it.
+constexpr std::int64_t attention_site(std::int64_t layer) { return 16 * (layer + 1); }
+
+struct LlamaConfig {
+  std::int64_t vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_size;
+  std::int64_t max_positions, padding_row;
+  double rms_norm_eps, initializer_range, attention_dropout;
+  bool attention_bias, mlp_bias, is_tied;
+  Activation activation;
+  at::Tensor inverse_frequencies;  // [K / 2] fp32
+};
+
+void refuse_what_llama_lacks(const ConfigReader& in) {
+  in.refuse_unless("sliding_window", {});
+  in.refuse_unless("use_sliding_window", {"false"});
+  in.refuse_unless("layer_types", {});
+  in.refuse_unless("attn_logit_softcapping", {});
+  in.refuse_unless("final_logit_softcapping", {});
+  in.refuse_unless("use_qk_norm", {"false"});
+  in.refuse_unless("qk_norm", {"false"});
+  in.refuse_unless("no_rope_layers", {});
+  in.refuse_unless("is_decoder", {"true", "false"});
+  in.refuse_unless("add_cross_attention", {"false"});
+}
+
+LlamaConfig read_config(const ModelRequest& request) {
+  const ConfigReader in(*request.config, request.origin);
+  refuse_what_llama_lacks(in);
+  LlamaConfig config{};
+  config.vocab_size = in.integer("vocab_size", 32000);
+  config.hidden_size = in.integer("hidden_size", 4096);
+  config.intermediate_size = in.integer("intermediate_size", 11008);
+  config.num_layers = in.integer("num_hidden_layers", 32);
+  config.num_heads = in.integer("num_attention_heads", 32);
+  config.num_kv_heads = in.integer("num_key_value_heads", config.num_heads);
+  if (!in.has("head_dim") && config.hidden_size % config.num_heads != 0)
+    in.refuse(fmt::format("hidden_size {} is not a multiple of num_attention_heads {} and head_dim is not given",
+                          config.hidden_size, config.num_heads));
+  config.head_size = in.integer("head_dim", config.hidden_size / config.num_heads, 2);
+  if (config.head_size % 2 != 0) in.refuse(fmt::format("'head_dim' is {}, it must be even", config.head_size));
+  if (config.num_heads % config.num_kv_heads != 0)
+    in.refuse(fmt::format("num_attention_heads {} is not a multiple of num_key_value_heads {}", config.num_heads,
+                          config.num_kv_heads));
+  config.max_positions = in.integer("max_position_embeddings", 2048);
+  config.padding_row = in.padding_row("pad_token_id", -1, config.vocab_size);
+  config.rms_norm_eps = in.positive("rms_norm_eps", 1e-6);
+  config.initializer_range = in.number("initializer_range", 0.02);
+  config.attention_bias = in.flag("attention_bias", false);
+  config.mlp_bias = in.flag("mlp_bias", false);
+  config.is_tied = in.flag("tie_word_embeddings", false);
+  config.activation = in.activation("hidden_act", "silu");
+  config.inverse_frequencies = read_inverse_frequencies(*request.config, request.origin, config.head_size);
+  DropoutOverrides overrides(request);
+  config.attention_dropout = overrides.take("attention_dropout", in.probability("attention_dropout", 0.0));
+  overrides.finish("Llama");
+  return config;
+}
+
+struct LlamaLayer {
+  Unit* unit;
+  Parameter *input_norm, *post_attention_norm;
+  LinearParameters query, key, value, output, gate, up, down;
+};
+
+class Llama : public Model {
+ public:
+  Llama(const LlamaConfig& config, nlohmann::json exported);
+
+  std::vector<Unit*> units() override { return parts_.units(); }
+  std::int64_t max_positions() const override { return config_.max_positions; }
+  bool uses_token_types() const override { return false; }
+  nlohmann::json config_json() const override { return exported_; }
+  bool is_head_parameter(const std::string& name) const override { return name == "lm_head.weight"; }
+  std::optional<std::string> map_weight_name(const std::string& name_in_file) const override;
+  ModelOutput forward(const Batch& batch, UnitRunner& runner, const ForwardContext& context,
+                      const ForwardOptions& options) override;
+
+ private:
+  void add_layer(std::int64_t n);
+  at::Tensor attend(const LlamaLayer& layer, const at::Tensor& x_TD, const AttentionOptions& attention,
+                    const RopeTables& tables) const;
+  at::Tensor run_mlp(const LlamaLayer& layer, const at::Tensor& x_TD) const;
+
+  LlamaConfig config_;
+  nlohmann::json exported_;
+  ModelParts parts_;
+  Parameter *embedding_ = nullptr, *norm_ = nullptr, *head_ = nullptr;  // head_ == embedding_ when tied
+  std::deque<LlamaLayer> layers_;
+};
+
+Llama::Llama(const LlamaConfig& config, nlohmann::json exported)
+    : config_(config), exported_(std::move(exported)), parts_(config.initializer_range) {
+  Unit& root = parts_.add_unit("root", true);
+  embedding_ =
+      parts_.add_embedding(root, "model.embed_tokens", {config_.vocab_size, config_.hidden_size}, config_.padding_row);
+  for (std::int64_t n = 0; n < config_.num_layers; ++n) add_layer(n);
+  norm_ = parts_.add_rms_norm(root, "model.norm", config_.hidden_size);
+  head_ = config_.is_tied ? embedding_
+                          : parts_.add_weight(root, "lm_head.weight", {config_.vocab_size, config_.hidden_size});
+}
+
+void Llama::add_layer(std::int64_t n) {
+  const std::string prefix = fmt::format("model.layers.{}.", n);
+  const std::int64_t size = config_.hidden_size, wide = config_.intermediate_size;
+  const std::int64_t queries = config_.num_heads * config_.head_size, keys = config_.num_kv_heads * config_.head_size;
+  Unit& unit = parts_.add_unit(fmt::format("layer.{}", n));
+  LlamaLayer layer{};
+  layer.unit = &unit;
+  layer.input_norm = parts_.add_rms_norm(unit, prefix + "input_layernorm", size);
+  const bool bias = config_.attention_bias;
+  layer.query = parts_.add_linear(unit, prefix + "self_attn.q_proj", {queries, size}, bias);
+  layer.key = parts_.add_linear(unit, prefix + "self_attn.k_proj", {keys, size}, bias);
+  layer.value = parts_.add_linear(unit, prefix + "self_attn.v_proj", {keys, size}, bias);
+  layer.output = parts_.add_linear(unit, prefix + "self_attn.o_proj", {size, queries}, bias);
+  layer.post_attention_norm = parts_.add_rms_norm(unit, prefix + "post_attention_layernorm", size);
+  layer.gate = parts_.add_linear(unit, prefix + "mlp.gate_proj", {wide, size}, config_.mlp_bias);
+  layer.up = parts_.add_linear(unit, prefix + "mlp.up_proj", {wide, size}, config_.mlp_bias);
+  layer.down = parts_.add_linear(unit, prefix + "mlp.down_proj", {size, wide}, config_.mlp_bias);
+  layers_.push_back(layer);
+}
+
+at::Tensor Llama::attend(const LlamaLayer& layer, const at::Tensor& x_TD, const AttentionOptions& attention,
+                         const RopeTables& tables) const {
+  const std::int64_t tokens = x_TD.size(0);
+  const auto split = [&](const at::Tensor& y) { return y.view({tokens, -1, config_.head_size}); };
+  const at::Tensor q_THK = rope(split(layer.query(x_TD)), tables);
+  const at::Tensor k_TGK = rope(split(layer.key(x_TD)), tables);
+  const at::Tensor mixed_THK = varlen_attention(q_THK, k_TGK, split(layer.value(x_TD)), attention);
+  return layer.output(mixed_THK.view({tokens, -1}));
+}
+
+at::Tensor Llama::run_mlp(const LlamaLayer& layer, const at::Tensor& x_TD) const {
+  const at::Tensor gate_TF = layer.gate(x_TD), up_TF = layer.up(x_TD);
+  if (config_.activation == Activation::silu) return layer.down(silu_and_mul(gate_TF, up_TF));
+  return layer.down(activate(gate_TF, config_.activation) * up_TF);
+}
+
+ModelOutput Llama::forward(const Batch& batch, UnitRunner& runner, const ForwardContext& context,
+                           const ForwardOptions& options) {
+  check_batch(batch, config_.max_positions);
+  const AttentionOptions attention{.segment_offsets = shared_offsets(batch),
+                                   .is_causal = true,
+                                   .scale = 1.0 / std::sqrt(static_cast<double>(config_.head_size)),
+                                   .dropout = {}};
+  const RopeTables tables = make_rope_tables(batch.positions, config_.inverse_frequencies);
+  const auto tied = head_ == embedding_ && batch.labels.defined() ? std::make_shared<TiedGradient>() : nullptr;
+  at::Tensor hidden_TD = embedding_lookup(batch.ids, embedding_->value, config_.padding_row, tied);
+  for (std::int64_t n = 0; n < config_.num_layers; ++n) {
+    const LlamaLayer& layer = layers_[static_cast<std::size_t>(n)];
+    AttentionOptions own = attention;
+    own.dropout = make_dropout_site(context, attention_site(n), config_.attention_dropout);
+    const auto layer_forward = [this, &layer, own, tables](const UnitRunner::Tensors& in) -> UnitRunner::Tensors {
+      const at::Tensor middle_TD =
+          in[0] + attend(layer, rms_norm(in[0], layer.input_norm->value, config_.rms_norm_eps), own, tables);
+      return {middle_TD + run_mlp(layer, rms_norm(middle_TD, layer.post_attention_norm->value, config_.rms_norm_eps))};
+    };
+    hidden_TD = runner.run(*layer.unit, {hidden_TD}, layer_forward)[0];
+  }
+  hidden_TD = rms_norm(hidden_TD, norm_->value, config_.rms_norm_eps);
+  ModelOutput output;
+  if (options.want_logits) output.logits = apply_linear(hidden_TD, head_->value).to(at::kFloat);
+  if (batch.labels.defined())
+    output.loss_sum = linear_cross_entropy_sum(hidden_TD, head_->value, batch.labels,
+                                               {.loss_scale = options.loss_scale, .tied = tied});
+  return output;
+}
+
+std::optional<std::string> Llama::map_weight_name(const std::string& name_in_file) const {
+  if (name_in_file.ends_with("rotary_emb.inv_freq")) return std::nullopt;
+  // HF ties after loading, so the embedding's values win over a stored copy.
+  if (config_.is_tied && name_in_file == "lm_head.weight") return std::nullopt;
+  for (const char* part : {"embed_tokens.", "layers.", "norm."})
+    if (name_in_file.starts_with(part)) return "model." + name_in_file;
+  return name_in_file;
+}
+
+}  // namespace
+
+std::unique_ptr<Model> make_llama(const ModelRequest& request) {
+  const LlamaConfig config = read_config(request);
+  nlohmann::json exported = exported_config(request, "LlamaForCausalLM");
+  exported["model_type"] = "llama";
+  return std::make_unique<Llama>(config, std::move(exported));
+}
+
+}  // namespace shardtune
