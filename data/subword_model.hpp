@@ -19,7 +19,7 @@ struct WordToken {
 // What tokenize() needs to work in; one per encode().
 struct ModelScratch {
   std::vector<WordToken> symbols;
-  std::vector<std::int32_t> ints;
+  std::vector<std::int32_t> next, previous;
   std::vector<std::uint32_t> hashes;
   std::vector<std::uint64_t> heap;
 };

@@ -8,6 +8,7 @@
 
 #include "core/json.hpp"
 #include "data/unicode.hpp"
+#include "data/utf8.hpp"
 
 namespace shardtune {
 namespace {
@@ -166,7 +167,7 @@ void for_each_member(Scanner& scanner, const OnMember& on_member) {
 }  // namespace
 
 TokenizerJson split_tokenizer_json(std::string_view text, const FieldPath& path) {
-  if (const std::size_t bad = unicode::find_invalid_utf8(text); bad != std::string_view::npos)
+  if (const std::size_t bad = valid_utf8_prefix(text); bad != text.size())
     path.refuse(fmt::format("invalid UTF-8 at byte {}", bad));
   if (text.substr(0, 3) == "\xEF\xBB\xBF") text.remove_prefix(3);
   TokenizerJson result;

@@ -29,8 +29,6 @@ inline char32_t decode(std::string_view text, std::size_t& at) {
 char32_t decode_before(std::string_view text, std::size_t& at);
 void append(std::string& out, char32_t c);
 
-// Offset of the first byte that is no valid UTF-8 (RFC 3629), npos when all is valid.
-std::size_t find_invalid_utf8(std::string_view text);
 bool is_ascii(std::string_view text);
 std::size_t count_code_points(std::string_view text);
 

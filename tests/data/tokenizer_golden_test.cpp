@@ -7,6 +7,12 @@ namespace {
 TEST(TokenizerGolden, WordPieceGivesTheLibrarysTokensAndOffsets) { expect_golden_rows("wordpiece"); }
 TEST(TokenizerGolden, CasedWordPieceOfAFileWithoutModelTypeDoesToo) { expect_golden_rows("wordpiece_legacy"); }
 
+TEST(TokenizerGolden, ByteLevelBpeWithSplitAndTemplate) { expect_golden_rows("byte_level"); }
+TEST(TokenizerGolden, RobertaTrimsOffsetsAndMatchesMaskWithItsSpace) { expect_golden_rows("roberta"); }
+TEST(TokenizerGolden, BpeWithByteFallbackAndMergesAsStrings) { expect_golden_rows("byte_fallback"); }
+TEST(TokenizerGolden, BpeFusesUnknownCharacters) { expect_golden_rows("unknown_fused"); }
+TEST(TokenizerGolden, NormalizerChainWithCharacterClassesAndMetaspace) { expect_golden_rows("classes"); }
+
 TEST(TokenizerGolden, VocabularyCountsAddedTokensAndAnswersBothWays) {
   const auto tokenizer = load_tokenizer(golden_tokenizer("wordpiece"));
   const std::int64_t size = tokenizer->vocab_size();

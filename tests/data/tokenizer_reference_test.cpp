@@ -30,8 +30,7 @@ class TokenizerReference : public testing::TestWithParam<Published> {
 TEST_P(TokenizerReference, IdsEqualHuggingFaces) {
   if (GetParam().case_list != nullptr) {
     const nlohmann::json cases = reference_file("tokenizer_tests.json").at(GetParam().case_list);
-    for (const auto& row : cases)
-      expect_ids(row.at("input"), row.at("encoded").at("input_ids"));
+    for (const auto& row : cases) expect_ids(row.at("input"), row.at("encoded").at("input_ids"));
     EXPECT_EQ(compared_, 18);
   }
   if (GetParam().long_text != nullptr) {
@@ -51,14 +50,20 @@ TEST_P(TokenizerReference, IdsEqualHuggingFaces) {
   EXPECT_GE(compared_, 18);
 }
 
-INSTANTIATE_TEST_SUITE_P(Published, TokenizerReference,
-                         testing::Values(Published{"bert-base-uncased", "bert-base-uncased",
-                                                   "bert_uncased_encoded.json", "bge"}),
-                         [](const testing::TestParamInfo<Published>& test) {
-                           std::string name = test.param.name;
-                           std::erase_if(name, [](char c) { return c == '-' || c == '.'; });
-                           return name;
-                         });
+INSTANTIATE_TEST_SUITE_P(
+    Published, TokenizerReference,
+    testing::Values(Published{"bert-base-uncased", "bert-base-uncased", "bert_uncased_encoded.json", "bge"},
+                    Published{"gpt2", "distilgpt2", "gpt2_encoded_tokens.json", "gpt2"},
+                    Published{"llama-2", "coreml-projects/Llama-2-7b-chat-coreml", "llama_encoded.json", "tinyllama"},
+                    Published{"llama-3-8b-instruct", "pcuenq/Llama-3.2-1B-Instruct-tokenizer", "llama_3.2_encoded.json",
+                              nullptr},
+                    Published{"qwen2.5", nullptr, nullptr, "qwen2.5"},
+                    Published{"roberta-base", nullptr, nullptr, "roberta"}),
+    [](const testing::TestParamInfo<Published>& test) {
+      std::string name = test.param.name;
+      std::erase_if(name, [](char c) { return c == '-' || c == '.'; });
+      return name;
+    });
 
 }  // namespace
 }  // namespace shardtune
