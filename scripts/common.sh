@@ -33,7 +33,8 @@ compile() {
 fetch_wheel() {
   local name=$1 version=$2 sha=$3 file try
   mkdir -p "$wheels"
-  find_wheel() { ls "$wheels/${name//-/_}-$version"-*.whl 2>/dev/null | head -n 1; }
+  # `|| true`: no such file yet is the normal case of a fresh machine, and pipefail would end the script there.
+  find_wheel() { ls "$wheels/${name//-/_}-$version"-*.whl 2>/dev/null | head -n 1 || true; }
   file=$(find_wheel)
   if [[ -n "$file" ]] && ! echo "$sha  $file" | sha256sum --status -c -; then
     say "$(basename "$file") does not have the expected hash: fetching it again"
