@@ -90,6 +90,7 @@ struct RunOptions {
 };
 
 // Error{config} naming option, value and remedy for everything that can be judged without opening a file.
-void validate(const RunOptions& options);
+// command: train, evaluate, predict or score; what it needs is checked.
+void validate(const RunOptions& options, const std::string& command);
 
 }  // namespace shardtune

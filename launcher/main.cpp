@@ -1,0 +1,161 @@
+// The program: parse, start MPI, run a subcommand, and end the whole job honestly when anything fails.
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <iostream>
+#include <thread>
+
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+#include <fmt/format.h>
+
+#include "core/error.hpp"
+#include "core/log.hpp"
+#include "core/memory.hpp"
+#include "distributed/comm/exchange.hpp"
+#include "distributed/comm/mpi.hpp"
+#include "launcher/command_line.hpp"
+#include "launcher/offline_commands.hpp"
+#include "trainer/commands.hpp"
+#include "trainer/stop_signal.hpp"
+
+namespace shardtune {
+namespace {
+
+struct Failure {
+  int code;
+  std::string text;  // "(kind): message"
+};
+
+// For use inside a catch block.
+Failure describe_current_exception() {
+  try {
+    throw;
+  } catch (const Error& e) {
+    std::string text = fmt::format("({}): {}", to_string(e.kind()), e.what());
+    if (e.kind() == ErrorKind::internal) text += fmt::format(" [{}:{}; please report this]", e.where().file_name(), e.where().line());
+    return {exit_code(e.kind()), text};
+  } catch (const std::bad_alloc&) {
+    return {exit_code(ErrorKind::internal), "(internal): out of memory; use more ranks with --sharding zero3, smaller batches or --gradient_checkpointing"};
+  } catch (const c10::Error& e) {
+    return {exit_code(ErrorKind::internal), fmt::format("(internal): {} [please report this]", e.what_without_backtrace())};
+  } catch (const std::exception& e) {
+    return {exit_code(ErrorKind::internal), fmt::format("(internal): {} [please report this]", e.what())};
+  } catch (...) {
+    return {exit_code(ErrorKind::internal), "(internal): an exception of unknown type [please report this]"};
+  }
+}
+
+// One write, so that lines of several processes do not mix.
+void print_failure(const std::string& who, const Failure& failure) {
+  const std::string line = fmt::format("shardtune: error {}{}\n", failure.text, who);
+  [[maybe_unused]] const auto written = ::write(STDERR_FILENO, line.data(), line.size());
+}
+
+// What many ranks run into alike must be said once: rank 0 speaks at once and its abort ends the others while they wait.
+std::chrono::milliseconds turn_to_speak(int rank) {
+  return std::chrono::milliseconds(rank == 0 ? 0 : std::min(400 + 20 * rank, 10'000));
+}
+
+int end_job(MpiEnvironment& mpi) {
+  const Failure failure = describe_current_exception();
+  if (mpi.size() == 1) {
+    print_failure("", failure);
+    return failure.code;
+  }
+  std::this_thread::sleep_for(turn_to_speak(mpi.rank()));
+  print_failure(fmt::format(" [rank {} on {}]", mpi.rank(), mpi.host()), failure);
+  mpi.abort(failure.code);
+}
+
+// Cores this rank may use, divided among the ranks of its host that may use the very same ones.
+int default_threads(Communicator& world, const std::string& host) {
+  cpu_set_t mask;
+  CPU_ZERO(&mask);
+  if (sched_getaffinity(0, sizeof mask, &mask) != 0) return 1;
+  std::string own = host + ":";
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+    if (CPU_ISSET(cpu, &mask)) own += fmt::format("{},", cpu);
+  const auto all = all_gather_strings(world, own);
+  return std::max(1, CPU_COUNT(&mask) / static_cast<int>(std::count(all.begin(), all.end(), own)));
+}
+
+void set_threads(const Invocation& invocation, Communicator& world, const std::string& host) {
+  const int fitting = default_threads(world, host);
+  int threads = static_cast<int>(invocation.run.train.num_threads);
+  // LibTorch has taken OMP_NUM_THREADS by itself.
+  if (threads == 0 && std::getenv("OMP_NUM_THREADS") != nullptr) return;
+  if (threads == 0) threads = fitting;
+  at::set_num_threads(threads);
+}
+
+log::Level parse_level(const std::string& name) {
+  if (name == "debug") return log::Level::debug;
+  if (name == "warn") return log::Level::warn;
+  return name == "error" ? log::Level::error : log::Level::info;
+}
+
+int run_on_ranks(const Invocation& invocation, MpiEnvironment& mpi) {
+  log::set_level(parse_level(invocation.run.train.log_level));
+  install_stop_handlers();
+  const auto world = mpi.world();
+  set_threads(invocation, *world, mpi.host());
+  if (invocation.command == "train") return run_train(invocation.run, *world);
+  if (invocation.command == "evaluate") return run_evaluate(invocation.run, invocation.inference, *world);
+  if (invocation.command == "predict") return run_predict(invocation.run, invocation.inference, *world);
+  return run_score(invocation.run, invocation.inference, *world);
+}
+
+// The parts that need no other rank.
+int run_alone(const Invocation& invocation) {
+  if (invocation.wants_version) std::cout << "shardtune " << SHARDTUNE_VERSION << '\n';
+  else if (invocation.wants_help) std::cout << help_text(invocation.command);
+  else if (invocation.wants_config) std::cout << config_text(invocation);
+  else return invocation.command == "tokenize" ? run_tokenize(invocation) : run_checkpoint(invocation);
+  return 0;
+}
+
+bool is_for_one_process(const std::vector<std::string>& arguments) {
+  if (arguments.empty()) return true;
+  const std::string& first = arguments.front();
+  return first == "tokenize" || first == "checkpoint" || first == "--help" || first == "-h" || first == "help" || first == "--version";
+}
+
+int run(int argc, char** argv) {
+  const std::vector<std::string> arguments(argv + 1, argv + argc);
+  if (is_for_one_process(arguments)) {
+    try {
+      return run_alone(parse_command_line(arguments));
+    } catch (...) {
+      const Failure failure = describe_current_exception();
+      print_failure("", failure);
+      return failure.code;
+    }
+  }
+  install_tensor_memory_counter();
+  MpiEnvironment mpi(&argc, &argv);
+  log::setup(mpi.rank(), mpi.size(), log::Level::info);
+  try {
+    const Invocation invocation = parse_command_line(arguments);
+    if (invocation.wants_help || invocation.wants_version || invocation.wants_config) return mpi.rank() == 0 ? run_alone(invocation) : 0;
+    return run_on_ranks(invocation, mpi);
+  } catch (...) {
+    return end_job(mpi);
+  }
+}
+
+}  // namespace
+}  // namespace shardtune
+
+int main(int argc, char** argv) {
+  try {
+    return shardtune::run(argc, argv);
+  } catch (...) {  // MPI itself did not start
+    const auto failure = shardtune::describe_current_exception();
+    shardtune::print_failure("", failure);
+    return failure.code;
+  }
+}

@@ -1,0 +1,107 @@
+#include "trainer/options.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include "core/error.hpp"
+#include "distributed/parallel/sharding_plan.hpp"
+#include "trainer/schedule.hpp"
+
+namespace shardtune {
+namespace {
+
+[[noreturn]] void refuse(const char* name, const std::string& value, const std::string& advice) {
+  fail(ErrorKind::config, fmt::format("--{} = {}: {}", name, value, advice));
+}
+
+template <class T>
+void need(bool is_met, const char* name, const T& value, const char* advice) {
+  if (!is_met) refuse(name, fmt::format("{}", value), advice);
+}
+
+void need_one_of(const char* name, const std::string& value, std::initializer_list<std::string> allowed) {
+  if (std::find(allowed.begin(), allowed.end(), value) == allowed.end())
+    refuse(name, value, fmt::format("use {}", fmt::join(allowed, ", ")));
+}
+
+void check_model(const ModelOptions& model, const std::string& command) {
+  need_one_of("task", model.task, {"text-classification", "causal-lm"});
+  for (const auto& [name, value] : model.dropout) need(value >= 0 && value < 1, name.c_str(), value, "a probability from 0 to below 1 is needed");
+  if (!model.model_name_or_path.empty() && !model.config_name.empty())
+    fail(ErrorKind::config, "--model_name_or_path and --config_name exclude each other: the first brings weights, the second starts from random ones");
+  if (model.model_name_or_path.empty() && model.config_name.empty())
+    fail(ErrorKind::config, command == "train" ? "--model_name_or_path is missing: a directory in Hugging Face layout (or --config_name for random weights)"
+                                               : "--model_name_or_path is missing: a model directory, a checkpoint or an output directory");
+}
+
+void check_sizes(const TrainOptions& train) {
+  need(train.per_device_train_batch_size > 0, "per_device_train_batch_size", train.per_device_train_batch_size, "at least 1 is needed");
+  need(train.gradient_accumulation_steps > 0, "gradient_accumulation_steps", train.gradient_accumulation_steps, "at least 1 is needed");
+  need(train.global_batch_size >= 0, "global_batch_size", train.global_batch_size, "0 (= computed) or more is needed");
+  need(train.max_tokens_per_batch >= 0, "max_tokens_per_batch", train.max_tokens_per_batch, "0 (= no limit) or more is needed");
+  need(train.max_steps == -1 || train.max_steps > 0, "max_steps", train.max_steps, "-1 (= by epochs) or at least 1 is needed");
+  need(std::isfinite(train.num_train_epochs) && train.num_train_epochs > 0, "num_train_epochs", train.num_train_epochs, "more than 0 is needed");
+  need(train.save_total_limit >= 0, "save_total_limit", train.save_total_limit, "0 (= keep all) or more is needed");
+  need(train.seed >= 0, "seed", train.seed, "0 or more is needed");
+  need(train.data_seed.value_or(0) >= 0, "data_seed", train.data_seed.value_or(0), "0 or more is needed");
+}
+
+void check_optimizer(const TrainOptions& train) {
+  need_one_of("optim", train.optim, {"adamw_torch", "adamw_torch_fused"});
+  need(std::isfinite(train.learning_rate) && train.learning_rate >= 0, "learning_rate", train.learning_rate, "0 or more is needed");
+  need(std::isfinite(train.weight_decay) && train.weight_decay >= 0, "weight_decay", train.weight_decay, "0 or more is needed");
+  need(train.adam_beta1 >= 0 && train.adam_beta1 < 1, "adam_beta1", train.adam_beta1, "0 to below 1 is needed");
+  need(train.adam_beta2 >= 0 && train.adam_beta2 < 1, "adam_beta2", train.adam_beta2, "0 to below 1 is needed");
+  need(train.adam_epsilon > 0, "adam_epsilon", train.adam_epsilon, "more than 0 is needed");
+  need(std::isfinite(train.max_grad_norm) && train.max_grad_norm >= 0, "max_grad_norm", train.max_grad_norm, "0 (= no clipping) or more is needed");
+  need(std::isfinite(train.warmup_steps) && train.warmup_steps >= 0, "warmup_steps", train.warmup_steps, "0 or more is needed");
+  need(train.warmup_ratio >= 0 && train.warmup_ratio <= 1, "warmup_ratio", train.warmup_ratio, "a share from 0 to 1 is needed");
+  const LearningRateSchedule schedule(train.lr_scheduler_type, train.learning_rate, 0, 1);  // refuses an unknown name
+  need_one_of("reduction", train.reduction, {"tree"});
+  need_one_of("loss_normalization", train.loss_normalization, {"global"});
+  need_one_of("train_sampling_strategy", train.train_sampling_strategy, {"random", "sequential"});
+}
+
+void check_intervals(const TrainOptions& train, bool has_validation_file) {
+  const auto check = [](const char* name, Interval strategy, double steps) {
+    if (strategy != Interval::steps) return;
+    need(std::isfinite(steps) && steps > 0 && (steps < 1 || steps == std::floor(steps)), name, steps, "a whole number of steps, or a share below 1, is needed");
+  };
+  const double eval_steps = train.eval_steps > 0 ? train.eval_steps : train.logging_steps;
+  check("logging_steps", train.logging_strategy, train.logging_steps);
+  check("eval_steps", train.eval_strategy, eval_steps);
+  check("save_steps", train.save_strategy, train.save_steps);
+  if (train.eval_strategy != Interval::no && !has_validation_file)
+    fail(ErrorKind::config, "--eval_strategy asks for evaluations but there is no --validation_file");
+  if (!train.load_best_model_at_end) return;
+  if (train.eval_strategy == Interval::no || train.eval_strategy != train.save_strategy)
+    fail(ErrorKind::config, "--load_best_model_at_end needs the same --eval_strategy and --save_strategy (steps or epoch), so that the best model has a checkpoint");
+  const double rest = std::fmod(train.save_steps, eval_steps);
+  if (train.eval_strategy == Interval::steps && rest > 1e-9 && eval_steps - rest > 1e-9)
+    refuse("save_steps", fmt::format("{}", train.save_steps), fmt::format("--load_best_model_at_end needs a multiple of --eval_steps ({})", eval_steps));
+}
+
+}  // namespace
+
+void validate(const RunOptions& options, const std::string& command) {
+  const TrainOptions& train = options.train;
+  check_model(options.model, command);
+  find_sharding_plan(train.sharding);
+  need(train.per_device_eval_batch_size > 0, "per_device_eval_batch_size", train.per_device_eval_batch_size, "at least 1 is needed");
+  need(train.num_threads >= 0 && train.num_threads <= 1024, "num_threads", train.num_threads, "0 (= automatic) to 1024 is needed");
+  need(options.data.max_seq_length >= 0, "max_seq_length", options.data.max_seq_length, "0 (= what the model allows) or more is needed");
+  need(options.data.max_train_samples >= 0, "max_train_samples", options.data.max_train_samples, "0 (= all) or more is needed");
+  need(options.data.max_eval_samples >= 0, "max_eval_samples", options.data.max_eval_samples, "0 (= all) or more is needed");
+  need_one_of("log_level", train.log_level, {"debug", "info", "warn", "error"});
+  if (command != "train") return;
+  if (options.data.train_file.empty()) fail(ErrorKind::config, "--train_file is missing: the rows to train on");
+  if (train.output_dir.empty()) fail(ErrorKind::config, "--output_dir is missing: where checkpoints and the trained model go");
+  check_sizes(train);
+  check_optimizer(train);
+  check_intervals(train, !options.data.validation_file.empty());
+}
+
+}  // namespace shardtune
