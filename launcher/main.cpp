@@ -19,6 +19,7 @@
 #include "distributed/comm/mpi.hpp"
 #include "launcher/command_line.hpp"
 #include "launcher/offline_commands.hpp"
+#include "launcher/process_setup.hpp"
 #include "trainer/commands.hpp"
 #include "trainer/stop_signal.hpp"
 
@@ -135,6 +136,7 @@ int run(int argc, char** argv) {
       return failure.code;
     }
   }
+  tune_allocator();
   install_tensor_memory_counter();
   MpiEnvironment mpi(&argc, &argv);
   log::setup(mpi.rank(), mpi.size(), log::Level::info);

@@ -122,7 +122,9 @@ TEST(Kill, AnyRankAtAnyMomentLosesNoCheckpointAndNoBit) {
     if (phase.empty() && !is_finished) FAIL() << "unexpected exit code " << *exit_code << ": " << run_command("cat " + (directory / "log").string()).output;
     const std::vector<int> steps = committed_steps(output_dir);
     ASSERT_FALSE(steps.empty());
-    if (!before.empty()) EXPECT_GE(steps.back(), before.back()) << "a committed checkpoint was lost";
+    if (!before.empty()) {
+      EXPECT_GE(steps.back(), before.back()) << "a committed checkpoint was lost";
+    }
     const CommandResult verify =
         run_command(fmt::format("{} checkpoint verify {}/checkpoint-{}", shardtune_binary(), output_dir.string(), steps.back()));
     ASSERT_EQ(verify.exit_code, 0) << verify.output;
