@@ -58,7 +58,7 @@ void print_failure(const std::string& who, const Failure& failure) {
 
 // What many ranks run into alike must be said once: rank 0 speaks at once and its abort ends the others while they wait.
 std::chrono::milliseconds turn_to_speak(int rank) {
-  return std::chrono::milliseconds(rank == 0 ? 0 : std::min(400 + 20 * rank, 10'000));
+  return std::chrono::milliseconds(rank == 0 ? 0 : std::min(700 + 20 * rank, 10'000));
 }
 
 int end_job(MpiEnvironment& mpi) {
@@ -67,6 +67,7 @@ int end_job(MpiEnvironment& mpi) {
     print_failure("", failure);
     return failure.code;
   }
+  remove_stop_handlers();  // another rank's abort reaches this one as SIGTERM
   std::this_thread::sleep_for(turn_to_speak(mpi.rank()));
   print_failure(fmt::format(" [rank {} on {}]", mpi.rank(), mpi.host()), failure);
   mpi.abort(failure.code);

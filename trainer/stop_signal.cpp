@@ -26,6 +26,10 @@ void install_stop_handlers() {
   std::signal(SIGXFSZ, SIG_IGN);
 }
 
+void remove_stop_handlers() noexcept {
+  for (const int signal_number : {SIGTERM, SIGINT, SIGUSR1}) std::signal(signal_number, SIG_DFL);
+}
+
 bool stop_requested() noexcept { return g_stop_requests > 0; }
 
 }  // namespace shardtune

@@ -7,6 +7,9 @@ namespace shardtune {
 // error like a full disk. Children of the process inherit nothing.
 void install_stop_handlers();
 
+// Gives the signals their ordinary effect again: for a process that is only waiting to be ended.
+void remove_stop_handlers() noexcept;
+
 // Whether a signal came. Async-signal-safe and thread-safe.
 bool stop_requested() noexcept;
 

@@ -215,11 +215,30 @@ struct MpiEnvironment::Impl {
   std::string host;
   int uncaught_at_start = std::uncaught_exceptions();
   std::weak_ptr<CommunicationThread> thread;
+  bool uses_mpi = true;
   bool has_world = false;
   std::atomic<bool> is_aborting = false;
 };
 
+// Started by a launcher that can connect ranks? Open MPI's mpirun and srun --mpi=pmix set PMIX_RANK, older ones PMI_RANK.
+bool is_started_by_launcher() {
+  for (const char* name : {"PMIX_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"})
+    if (std::getenv(name) != nullptr) return true;
+  return false;
+}
+
 MpiEnvironment::MpiEnvironment(int* argc, char*** argv) : impl_(std::make_shared<Impl>()) {
+  // Alone, MPI would start a daemon of its own just to be told so: 0.2 s, and files in /tmp.
+  if (!is_started_by_launcher()) {
+    impl_->uses_mpi = false;
+    std::array<char, 256> name{};
+    if (::gethostname(name.data(), name.size() - 1) == 0) impl_->host = name.data();
+    const char* tasks = std::getenv("SLURM_NTASKS");
+    const char* task = std::getenv("SLURM_PROCID");
+    if (tasks != nullptr && task != nullptr && std::atoi(tasks) > 1)
+      fail(ErrorKind::comm, fmt::format("Slurm started {} tasks without connecting them; use mpirun, or srun --mpi=pmix", tasks));
+    return;
+  }
   int is_initialized = 0;
   check_mpi(MPI_Initialized(&is_initialized), "MPI_Initialized");
   check_internal(is_initialized == 0, "MpiEnvironment: MPI is running already; one environment per process");
@@ -240,7 +259,7 @@ MpiEnvironment::MpiEnvironment(int* argc, char*** argv) : impl_(std::make_shared
 }
 
 MpiEnvironment::~MpiEnvironment() {
-  if (std::uncaught_exceptions() > impl_->uncaught_at_start || impl_->is_aborting) return;
+  if (!impl_->uses_mpi || std::uncaught_exceptions() > impl_->uncaught_at_start || impl_->is_aborting) return;
   if (!impl_->thread.expired()) {
     log::all_ranks::error("a communicator outlives the MPI environment; MPI is not shut down");
     return;
