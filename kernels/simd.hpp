@@ -8,6 +8,11 @@
 
 #include <c10/util/BFloat16.h>
 
+// GCC warns that these vectors are passed otherwise where AVX-512 is off. Every function that takes or returns one is
+// always inlined, so there is no call whose convention could differ. Not popped: the sources that include this private
+// header define such functions too.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 #define SHARDTUNE_INLINE inline __attribute__((always_inline))
 
 namespace shardtune::simd {
