@@ -181,6 +181,7 @@ Manifest parse_manifest(std::string_view text, const std::filesystem::path& orig
                     version, kCheckpointFormatVersion));
   if (version < 1) refuse(origin, fmt::format("unknown format version {}", version));
   Manifest manifest;
+  manifest.version = version;
   manifest.step = json_get<std::int64_t>(root, "step", origin);
   manifest.num_ranks = static_cast<int>(json_get<std::int64_t>(root, "num_ranks", origin));
   if (!root.contains("run")) refuse(origin, "'run' is missing");

@@ -37,6 +37,7 @@ struct ManifestTensor {
 };
 
 struct Manifest {
+  std::int64_t version = kCheckpointFormatVersion;  // of the format it was read from
   std::int64_t step = 0;
   int num_ranks = 0;   // that wrote it; of no meaning for reading
   nlohmann::json run;  // StateView::run
