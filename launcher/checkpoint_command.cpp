@@ -1,9 +1,11 @@
+#include <algorithm>
 #include <iostream>
 
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
 #include "checkpoint/checkpoint_store.hpp"
+#include "checkpoint/inspect.hpp"
 #include "core/error.hpp"
 #include "launcher/offline_commands.hpp"
 
@@ -46,6 +48,17 @@ int verify(const fs::path& path) {
   return is_good ? 0 : exit_code(ErrorKind::data);
 }
 
+// The checkpoint at `path`, or the newest usable one of an output directory.
+int inspect(const fs::path& path, const std::string& tensor) {
+  const auto found = checkpoints_at(path);
+  const auto usable = std::find_if(found.begin(), found.end(), [](const CheckpointInfo& info) { return info.problem.empty(); });
+  if (usable == found.end())
+    fail(ErrorKind::data, found.empty() ? fmt::format("{}: no checkpoints", path.string())
+                                        : fmt::format("{} {}", found.front().directory.string(), found.front().problem));
+  std::cout << (tensor.empty() ? describe_checkpoint(usable->directory) : describe_tensor(usable->directory, tensor)).dump(2) << '\n';
+  return 0;
+}
+
 }  // namespace
 
 int run_checkpoint(const Invocation& invocation) {
@@ -57,6 +70,7 @@ int run_checkpoint(const Invocation& invocation) {
   for (std::size_t i = 1; i < words.size(); ++i) {
     if (action == "list") code = std::max(code, list(words[i]));
     else if (action == "verify") code = std::max(code, verify(words[i]));
+    else if (action == "inspect") code = std::max(code, inspect(words[i], invocation.checkpoint.tensor));
     else fail(ErrorKind::config, fmt::format("checkpoint {}: unknown action; use list, verify or inspect", action));
   }
   return code;

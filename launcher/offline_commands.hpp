@@ -6,7 +6,7 @@
 namespace shardtune {
 
 int run_tokenize(const Invocation& invocation);
-// 0; 3 when `verify` finds a damaged checkpoint or there is none.
+// `list` and `verify` print text, `inspect` prints JSON. 0; 3 when `verify` finds a damaged checkpoint or there is none.
 int run_checkpoint(const Invocation& invocation);
 
 }  // namespace shardtune
