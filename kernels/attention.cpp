@@ -148,8 +148,11 @@ Grads dropout_backward(const at::Tensor& grad, const at::Tensor& q, const at::Te
 // -----------------------------------------------------------------------------------------------------------------
 
 struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k,
-                            const at::Tensor& v, const c10::intrusive_ptr<OptionsHolder>& holder) {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& q_tracked, const at::Tensor& k_tracked,
+                            const at::Tensor& v_tracked, const c10::intrusive_ptr<OptionsHolder>& holder) {
+    // at::matmul folds batches differently when an operand requires a gradient, and then rounds differently: the forward
+    // pass of recomputation, which runs without a graph, would have other bits.
+    const at::Tensor q = q_tracked.detach(), k = k_tracked.detach(), v = v_tracked.detach();
     const AttentionOptions& options = holder->options;
     ctx->saved_data["options"] = c10::IValue::make_capsule(holder);
     at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2)}, q.options());

@@ -1,6 +1,9 @@
 // The promise of the project: the number of ranks, the plan and recomputation do not change a bit of the result.
+#include <functional>
 #include <map>
+#include <memory>
 
+#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
@@ -17,11 +20,43 @@ using testing_support::make_tiny_run;
 using testing_support::sha256_of;
 using testing_support::TinyFamily;
 
-std::string train(RunOptions options, int num_ranks, const std::string& name) {
+// Forwards to another communicator, but spoils the gradients that leave this rank: what a bug in the engine would do.
+class SpoilingCommunicator final : public Communicator {
+ public:
+  using Spoil = std::function<void(at::Tensor sent)>;
+  SpoilingCommunicator(Communicator& inner, Spoil spoil) : inner_(&inner), spoil_(std::move(spoil)) {}
+  SpoilingCommunicator(std::unique_ptr<Communicator> inner, Spoil spoil)
+      : owned_(std::move(inner)), inner_(owned_.get()), spoil_(std::move(spoil)) {}
+
+  int rank() const override { return inner_->rank(); }
+  int size() const override { return inner_->size(); }
+  Work all_reduce(at::Tensor tensor, ReduceOp op) override { return inner_->all_reduce(tensor, op); }
+  Work all_gather(at::Tensor out, at::Tensor in, Counts counts) override { return inner_->all_gather(out, in, counts); }
+  Work reduce_scatter(at::Tensor out, at::Tensor in, Counts counts) override { return inner_->reduce_scatter(out, in, counts); }
+  Work all_to_all(at::Tensor out, Counts out_counts, at::Tensor in, Counts in_counts) override {
+    if (in.numel() > 0 && in.is_floating_point()) spoil_(in);
+    return inner_->all_to_all(out, out_counts, in, in_counts);
+  }
+  Work broadcast(at::Tensor tensor, int root) override { return inner_->broadcast(tensor, root); }
+  void barrier() override { inner_->barrier(); }
+  std::unique_ptr<Communicator> split(int color, int key) override {
+    return std::make_unique<SpoilingCommunicator>(inner_->split(color, key), spoil_);
+  }
+
+ private:
+  std::unique_ptr<Communicator> owned_;
+  Communicator* inner_;
+  Spoil spoil_;
+};
+
+// Trains on thread ranks and returns the hash of the exported weights. With `spoil`, rank 1 has a bug.
+std::string train(RunOptions options, int num_ranks, const std::string& name, const SpoilingCommunicator::Spoil& spoil = {}) {
   options.train.output_dir += "_" + name;
   run_thread_ranks(num_ranks, [&](Communicator& world) {
     at::set_num_threads(1);
-    EXPECT_EQ(run_train(options, world), 0);
+    SpoilingCommunicator spoiling(world, spoil);
+    const bool is_culprit = spoil && world.rank() == 1;
+    EXPECT_EQ(run_train(options, is_culprit ? static_cast<Communicator&>(spoiling) : world), 0);
   });
   return sha256_of(options.train.output_dir + "/model/model.safetensors");
 }
@@ -55,7 +90,59 @@ TEST(SameBits, BertBf16Accumulation3) { expect_one_hash(TinyFamily::bert, 3, tru
 TEST(SameBits, LlamaFp32Accumulation3) { expect_one_hash(TinyFamily::llama, 3, false); }
 TEST(SameBits, LlamaBf16Accumulation3) { expect_one_hash(TinyFamily::llama, 3, true); }
 
-// The comparison above is worth nothing if it cannot fail: another seed must give another hash.
+// The program under mpirun takes the same decisions as thread ranks: a covering subset of the above.
+TEST(SameBits, UnderMpirun) {
+  struct Case {
+    int ranks;
+    const char* plan;
+    bool checkpointing;
+    bool bf16;
+  };
+  const auto directory = fresh_directory("same_bits_mpirun");
+  for (const bool bf16 : {false, true}) {
+    RunOptions options = make_tiny_run(directory, TinyFamily::bert);
+    options.train.max_steps = 50;
+    options.train.global_batch_size = 12;
+    options.train.bf16 = bf16;
+    const std::string expected = train(options, 1, fmt::format("threads_{}", bf16));
+    for (const Case& c : {Case{1, "zero3", true, false}, Case{2, "zero3", true, true}, Case{2, "ddp", false, false}, Case{3, "zero3", false, false},
+                          Case{3, "ddp", true, true}, Case{4, "ddp", false, true}, Case{5, "zero3", true, true}, Case{5, "ddp", false, false}}) {
+      if (c.bf16 != bf16) continue;
+      const std::string output = fmt::format("{}/mpi_{}_{}_{}_{}", directory.string(), c.ranks, c.plan, c.checkpointing, bf16);
+      const auto result = testing_support::run_command(fmt::format(
+          "{} {} train --config_name {} --train_file {} --output_dir {} --sharding {} --gradient_checkpointing {} --bf16 {} "
+          "--per_device_train_batch_size 4 --global_batch_size 12 --learning_rate 1e-3 --max_steps 50 --save_strategy no "
+          "--num_threads 1 --disable_tqdm --log_level warn",
+          testing_support::mpirun_command(c.ranks), testing_support::shardtune_binary(), options.model.config_name,
+          options.data.train_file, output, c.plan, c.checkpointing, bf16));
+      ASSERT_EQ(result.exit_code, 0) << result.output;
+      EXPECT_EQ(sha256_of(output + "/model/model.safetensors"), expected) << output;
+    }
+  }
+  std::filesystem::remove_all(directory);
+}
+
+// The comparisons above are worth nothing if they cannot fail.
+TEST(SameBits, PlantedBugsGiveAnotherHash) {
+  const auto directory = fresh_directory("same_bits_planted");
+  RunOptions options = make_tiny_run(directory, TinyFamily::bert);
+  options.train.global_batch_size = 12;
+  for (const char* plan : {"ddp", "zero3"}) {
+    options.train.sharding = plan;
+    const auto name = [&](const char* bug) { return fmt::format("{}_{}", plan, bug); };
+    const std::string expected = train(options, 2, name("none"));
+    EXPECT_NE(train(options, 2, name("scale"), [](at::Tensor sent) { sent.mul_(1.0 + 1.0 / 128); }), expected) << plan;
+    int calls = 0;
+    const auto drop_one_slice = [&](at::Tensor sent) {
+      if (++calls == 7) sent.narrow(0, 0, std::min<std::int64_t>(64, sent.numel())).zero_();
+    };
+    EXPECT_NE(train(options, 2, name("dropped"), drop_one_slice), expected) << plan;
+    EXPECT_GE(calls, 7) << "the bug never struck";
+  }
+  std::filesystem::remove_all(directory);
+}
+
+// So must another seed.
 TEST(SameBits, AnotherSeedGivesAnotherHash) {
   const auto directory = fresh_directory("same_bits_seed");
   RunOptions options = make_tiny_run(directory, TinyFamily::bert);
