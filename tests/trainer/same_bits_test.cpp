@@ -8,6 +8,7 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include "core/log.hpp"
 #include "distributed/comm/thread_group.hpp"
 #include "tests/support/tiny_run.hpp"
 #include "trainer/commands.hpp"
@@ -52,6 +53,8 @@ class SpoilingCommunicator final : public Communicator {
 // Trains on thread ranks and returns the hash of the exported weights. With `spoil`, rank 1 has a bug.
 std::string train(RunOptions options, int num_ranks, const std::string& name, const SpoilingCommunicator::Spoil& spoil = {}) {
   options.train.output_dir += "_" + name;
+  options.train.logging_strategy = Interval::no;
+  log::set_level(log::Level::error);
   run_thread_ranks(num_ranks, [&](Communicator& world) {
     at::set_num_threads(1);
     SpoilingCommunicator spoiling(world, spoil);
