@@ -10,6 +10,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "core/error.hpp"
+#include "kernels/short_attention.hpp"
 
 namespace shardtune {
 namespace {
@@ -38,6 +39,7 @@ void flash_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
   const Offsets& offsets = *options.segment_offsets;
   for (std::size_t s = 0; s + 1 < offsets.size(); ++s) {
     const std::int64_t begin = offsets[s], end = offsets[s + 1];
+    if (end - begin <= kShortSegment) continue;
     const auto [o, lse] = at::_scaled_dot_product_flash_attention_for_cpu(
         segment(q, begin, end), segment(k, begin, end), segment(v, begin, end), 0.0, options.is_causal, {},
         options.scale);
@@ -72,6 +74,7 @@ void for_each_block(const at::Tensor& q, const at::Tensor& k, const AttentionOpt
   const std::int64_t kv_heads = k.size(1), heads_per_kv = q.size(1) / kv_heads;
   for (std::size_t s = 0; s + 1 < offsets.size(); ++s) {
     const std::int64_t begin = offsets[s], end = offsets[s + 1];
+    if (end - begin <= kShortSegment) continue;
     const std::int64_t rows = std::max<std::int64_t>(1, kBlockElements / ((end - begin) * heads_per_kv));
     for (std::int64_t kv = 0; kv < kv_heads; ++kv)
       for (std::int64_t row = begin; row < end; row += rows) {
@@ -120,32 +123,48 @@ void dropout_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   });
 }
 
-struct Grads {
-  at::Tensor q, k, v;
-};
-
-Grads dropout_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                       const AttentionOptions& options) {
-  // A key belongs to several blocks of query rows: its gradient is summed in fp32.
-  Grads grads{at::empty_like(q, at::MemoryFormat::Contiguous), at::zeros(k.sizes(), at::kFloat),
-              at::zeros(v.sizes(), at::kFloat)};
+// Adds to d_k and d_v (zeroed, fp32: a key belongs to several blocks of query rows) and fills d_q.
+void dropout_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                      const AttentionOptions& options, const AttentionGradients& into) {
   for_each_block(q, k, options, [&](const Block& block) {
     const at::Tensor queries = block.queries(q), d_out = block.queries(grad);
     const at::Tensor keys = block.keys(k).to(at::kFloat), values = block.keys(v).to(at::kFloat);
     const at::Tensor p = probabilities(queries, keys, block, options);
     const at::Tensor mask = dropout_mask(block, options.dropout);
     at::Tensor ds = at::matmul(d_out, values.transpose(1, 2)).mul_(mask);
-    block.keys(grads.v).add_(at::matmul((p * mask).transpose(1, 2), d_out).sum(0, true));
+    block.keys(into.v).add_(at::matmul((p * mask).transpose(1, 2), d_out).sum(0, true));
     ds = ds.sub_((ds * p).sum(-1, true)).mul_(p).mul_(options.scale);
-    block.keys(grads.k).add_(at::matmul(ds.transpose(1, 2), queries).sum(0, true));
-    grads.q.slice(1, block.kv_head * block.heads_per_kv, (block.kv_head + 1) * block.heads_per_kv)
+    block.keys(into.k).add_(at::matmul(ds.transpose(1, 2), queries).sum(0, true));
+    into.q.slice(1, block.kv_head * block.heads_per_kv, (block.kv_head + 1) * block.heads_per_kv)
         .slice(0, block.row_begin, block.row_end)
         .copy_(at::matmul(ds, keys).transpose(0, 1));
   });
-  return {grads.q, grads.k.to(k.scalar_type()), grads.v.to(v.scalar_type())};
+}
+
+void flash_backward(const at::Tensor& grad, const torch::autograd::variable_list& saved, const AttentionOptions& options,
+                    const AttentionGradients& into) {
+  const at::Tensor &q = saved[0], &k = saved[1], &v = saved[2], &log_sum_exp = saved[3], &out = saved[4];
+  const Offsets& offsets = *options.segment_offsets;
+  for (std::size_t s = 0; s + 1 < offsets.size(); ++s) {
+    const std::int64_t begin = offsets[s], end = offsets[s + 1];
+    if (end - begin <= kShortSegment) continue;
+    const auto [gq, gk, gv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+        segment(grad, begin, end), segment(q, begin, end), segment(k, begin, end), segment(v, begin, end),
+        segment(out, begin, end), segment(log_sum_exp.unsqueeze(-1), begin, end).squeeze(-1), 0.0, options.is_causal,
+        {}, options.scale);
+    segment(into.q, begin, end).copy_(gq);
+    segment(into.k, begin, end).copy_(gk);
+    segment(into.v, begin, end).copy_(gv);
+  }
 }
 
 // -----------------------------------------------------------------------------------------------------------------
+
+bool has_long_segment(const Offsets& offsets) {
+  for (std::size_t s = 0; s + 1 < offsets.size(); ++s)
+    if (offsets[s + 1] - offsets[s] > kShortSegment) return true;
+  return false;
+}
 
 struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& q_tracked, const at::Tensor& k_tracked,
@@ -156,13 +175,16 @@ struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
     const AttentionOptions& options = holder->options;
     ctx->saved_data["options"] = c10::IValue::make_capsule(holder);
     at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2)}, q.options());
-    if (options.dropout.is_active()) {
+    at::Tensor log_sum_exp = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
+    short_attention_forward(q, k, v, options, out, log_sum_exp);
+    if (!has_long_segment(*options.segment_offsets)) {
+      ctx->save_for_backward({q, k, v, log_sum_exp});
+    } else if (options.dropout.is_active()) {
       dropout_forward(q, k, v, options, out);
-      ctx->save_for_backward({q, k, v});
+      ctx->save_for_backward({q, k, v, log_sum_exp});
     } else {
-      at::Tensor log_sum_exp = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
       flash_forward(q, k, v, options, out, log_sum_exp);
-      ctx->save_for_backward({q, k, v, out, log_sum_exp});
+      ctx->save_for_backward({q, k, v, log_sum_exp, out});
     }
     return out;
   }
@@ -174,24 +196,19 @@ struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
     const auto capsule = ctx->saved_data["options"].toCapsule();
     const AttentionOptions& options = static_cast<OptionsHolder*>(capsule.get())->options;
     const at::Tensor grad = grad_outputs[0].contiguous();
-    if (options.dropout.is_active()) {
-      const Grads grads = dropout_backward(grad, q, k, v, options);
-      return {grads.q, grads.k, grads.v, {}};
-    }
-    const at::Tensor &out = saved[3], &log_sum_exp = saved[4];
     at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()),
                dv = at::empty(v.sizes(), v.options());
-    const Offsets& offsets = *options.segment_offsets;
-    for (std::size_t s = 0; s + 1 < offsets.size(); ++s) {
-      const std::int64_t begin = offsets[s], end = offsets[s + 1];
-      const auto [gq, gk, gv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-          segment(grad, begin, end), segment(q, begin, end), segment(k, begin, end), segment(v, begin, end),
-          segment(out, begin, end), segment(log_sum_exp.unsqueeze(-1), begin, end).squeeze(-1), 0.0, options.is_causal,
-          {}, options.scale);
-      segment(dq, begin, end).copy_(gq);
-      segment(dk, begin, end).copy_(gk);
-      segment(dv, begin, end).copy_(gv);
+    if (has_long_segment(*options.segment_offsets)) {
+      if (options.dropout.is_active()) {
+        at::Tensor wide_dk = at::zeros(k.sizes(), at::kFloat), wide_dv = at::zeros(v.sizes(), at::kFloat);
+        dropout_backward(grad, q, k, v, options, {dq, wide_dk, wide_dv});
+        dk.copy_(wide_dk);
+        dv.copy_(wide_dv);
+      } else {
+        flash_backward(grad, saved, options, {dq, dk, dv});
+      }
     }
+    short_attention_backward(grad, q, k, v, saved[3], options, {dq, dk, dv});
     return {dq, dk, dv, {}};
   }
 };

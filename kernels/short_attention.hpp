@@ -1,0 +1,29 @@
+#pragma once
+// Private to kernels/: attention of segments that fit a core's cache, forward and backward, fp32 or bf16 in and out,
+// fp32 inside. One task per (segment, key/value head), so nothing is shared between threads and their number changes no
+// bit; with dropout or without it is the same pass. Legend as in attention.hpp.
+#include <cstdint>
+
+#include <ATen/core/Tensor.h>
+
+#include "kernels/attention.hpp"
+
+namespace shardtune {
+
+// Longest segment these functions take; longer ones they leave alone.
+inline constexpr std::int64_t kShortSegment = 256;
+
+// q, k, v: dense last dimension. Fills rows of out [T, H, D] contiguous and log_sum_exp [T, H] fp32 of all short
+// segments.
+void short_attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const AttentionOptions& options, at::Tensor& out, at::Tensor& log_sum_exp);
+
+struct AttentionGradients {
+  at::Tensor &q, &k, &v;  // contiguous, dtype of the inputs
+};
+// grad [T, H, D] contiguous. Fills rows of all short segments.
+void short_attention_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                              const at::Tensor& log_sum_exp, const AttentionOptions& options,
+                              const AttentionGradients& into);
+
+}  // namespace shardtune
