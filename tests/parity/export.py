@@ -1,0 +1,41 @@
+"""The exported model of a training run loads with AutoModelForSequenceClassification and AutoTokenizer, nothing missing and
+nothing left over, and gives the same logits as `score`."""
+import pathlib
+import tempfile
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+import common
+
+
+def main():
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
+        common.shardtune("train", "--model_name_or_path", common.MINILM, "--task", "text-classification", "--train_file",
+                         common.SST2 / "train.tsv", *common.SST2_ARGUMENTS, "--output_dir", folder / "run", "--bf16", "true",
+                         "--sharding", "zero3", "--max_steps", "5", "--save_strategy", "no", ranks=2)
+        directory = folder / "run" / "model"
+        model, info = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
+        leftovers = sum(len(names) for names in info.values())
+        common.report("tensors that from_pretrained misses, does not expect or finds in another shape", leftovers, 0)
+        common.report("label names that differ", int(list(model.config.id2label.values()) != ["0", "1"]), 0)
+        tokenizer = common.tokenizer(directory)
+        texts = [text for text, _ in common.sst2("dev")]
+        common.write_rows(folder / "rows.jsonl", [{"text": text} for text in texts])
+        scored, logits = common.score(directory, folder / "rows.jsonl", folder, "--task", "text-classification")
+        wrong_ids, worst, largest = 0, 0.0, 1.0
+        with torch.no_grad():
+            for row, text in zip(scored, texts, strict=True):
+                ids = tokenizer(text, return_tensors="pt")
+                wrong_ids += ids["input_ids"][0].tolist() != row["input_ids"]
+                theirs = model.eval()(**ids).logits[0]
+                worst = max(worst, (theirs - logits[row["index"]]).abs().max().item())
+                largest = max(largest, theirs.abs().max().item())
+        common.report(f"exported model: rows with other token ids, of {len(texts)}", wrong_ids, 0)
+        common.report("exported model: largest difference of a logit", worst, 1e-5 * largest)
+    common.finish()
+
+
+if __name__ == "__main__":
+    main()
