@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 
 #include "core/error.hpp"
+#include "kernels/instruction_set.hpp"
 
 namespace shardtune {
 namespace {
@@ -80,7 +81,7 @@ using Update = void (*)(const Pointers&, std::int64_t, std::int64_t, const Facto
 
 Update choose_update(bool small_weight) {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2")) return small_weight ? update_avx2<true> : update_avx2<false>;
+  if (instruction_set() >= InstructionSet::avx2) return small_weight ? update_avx2<true> : update_avx2<false>;
 #endif
   return small_weight ? update_baseline<true> : update_baseline<false>;
 }

@@ -8,6 +8,8 @@
 
 #include <c10/util/BFloat16.h>
 
+#include "kernels/instruction_set.hpp"
+
 // GCC warns that these vectors are passed otherwise where AVX-512 is off. Every function that takes or returns one is
 // always inlined, so there is no call whose convention could differ. Not popped: the sources that include this private
 // header define such functions too.
@@ -103,15 +105,14 @@ __attribute__((target("avx2"))) void run_avx2(const F& body) {
   body();
 }
 
-// Runs `body`, a lambda marked SHARDTUNE_VECTOR_BODY, compiled for the best instruction set of this processor.
+// Runs `body`, a lambda marked SHARDTUNE_VECTOR_BODY, compiled for the chosen instruction set.
 template <class F>
 void dispatch(const F& body) {
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    run_avx512(body);
-  else if (__builtin_cpu_supports("avx2"))
-    run_avx2(body);
-  else
-    body();
+  switch (instruction_set()) {
+    case InstructionSet::avx512: return run_avx512(body);
+    case InstructionSet::avx2: return run_avx2(body);
+    case InstructionSet::portable: return body();
+  }
 }
 
 }  // namespace shardtune::simd
