@@ -98,9 +98,6 @@ std::string verify_together(Communicator& communicator, const std::filesystem::p
 
 }  // namespace
 
-CheckpointStore::CheckpointStore(std::filesystem::path output_dir, Communicator& communicator)
-    : output_dir_(std::move(output_dir)), communicator_(communicator) {}
-
 nlohmann::json CheckpointStore::load(const std::filesystem::path& checkpoint_dir, StateView& view) {
   const bool is_root = communicator_.rank() == 0;
   const std::string what = "loading " + checkpoint_dir.string();

@@ -4,10 +4,15 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "checkpoint/background_worker.hpp"
+#include "checkpoint/snapshot.hpp"
 #include "checkpoint/state_view.hpp"
+#include "core/error.hpp"
 #include "distributed/comm/communicator.hpp"
 
 namespace shardtune {
@@ -19,16 +24,47 @@ struct CheckpointInfo {
   std::string problem;        // why it is not usable, empty when it is
 };
 
+// Which checkpoints a save leaves behind.
+struct Retention {
+  int keep = 0;                                    // the newest so many, 0 = all; the last good one always stays
+  std::vector<std::int64_t> protected_steps = {};  // these stay as well (HF: the best one)
+};
+
+struct SaveReport {
+  std::int64_t step = 0;
+  std::uint64_t bytes = 0;   // of all shards
+  double seconds = 0;        // from begin_save to the commit
+  double write_seconds = 0;  // of rank 0, until its shard was durable
+  Snapshot::Cost cost;       // for this rank's training thread
+};
+
 class CheckpointStore {
  public:
-  // `communicator` must outlive the store. Only rank 0 creates and renames directories and writes manifests.
-  CheckpointStore(std::filesystem::path output_dir, Communicator& communicator);
+  // `communicator` must outlive the store. Only rank 0 creates and renames directories and writes manifests. While a
+  // save runs in the background at most `staging_bytes` hold copies of what training has changed since.
+  CheckpointStore(std::filesystem::path output_dir, Communicator& communicator,
+                  std::size_t staging_bytes = std::size_t{1} << 30);
+  ~CheckpointStore();  // local; a save that is under way is given up
 
   // Collective. Writes checkpoint-<step>, returns when it is durable and committed. On any rank's failure every rank
-  // throws the same Error{io} (naming rank, file and reason); nothing is committed and older checkpoints are untouched.
-  // `run_identity` is recorded. Keeps the newest `keep` checkpoints (0 = all), never deleting the last good one nor
-  // those in `protected_steps` (HF: the best one).
-  void save(std::int64_t step, const StateView& view, int keep, const std::vector<std::int64_t>& protected_steps = {});
+  // throws the same Error (naming rank, file and reason); nothing is committed and older checkpoints are untouched.
+  SaveReport save(std::int64_t step, const StateView& view, const Retention& retention = {});
+
+  // The same in the background, by one writer thread per rank that never communicates. A save has stages (writing the
+  // shards, then the commit on rank 0); a stage begins when every rank knows that all have ended the one before:
+  //   begin_save(...);                                     collective; no save may be under way
+  //   while training:  preserve(t) before t is changed     local
+  //                    any = max over ranks of is_working()
+  //                    if (is_saving() && !any) report = advance_save();   collective
+  //   finish_save() instead, to wait                       collective
+  // advance_save() gives the report when the checkpoint is committed. It and the others throw as save() does; the save
+  // is over then and its partial directory removed.
+  void begin_save(std::int64_t step, StateView view, const Retention& retention);
+  bool is_saving() const noexcept { return save_ != nullptr; }  // the same on all ranks
+  bool is_working() const { return worker_.is_running(); }      // this rank's part of the stage, local
+  void preserve(const at::Tensor& about_to_change);
+  std::optional<SaveReport> advance_save();
+  SaveReport finish_save();
 
   // Collective. Fills view.slices[i].data (the caller chose names, offsets and sizes for ITS parallel layout) and
   // returns the run state. Every byte that is read is verified against the block tables on the way. Error{data} when
@@ -44,8 +80,16 @@ class CheckpointStore {
   void prepare_resume(std::int64_t resumed_step, const std::string& run_id);
 
  private:
+  struct RunningSave;
+  std::string write_this_shard(RunningSave& save);
+  std::optional<SaveReport> advance_stage(RunningSave& save);
+  void remove_partial(const Error& reason, std::int64_t step);
+
   std::filesystem::path output_dir_;
   Communicator& communicator_;
+  std::size_t staging_bytes_;
+  std::unique_ptr<RunningSave> save_;
+  BackgroundWorker worker_;  // last: its job uses the members above
 };
 
 // Names of the phases of save(), in order; the fault tests learn from a hook when each begins.

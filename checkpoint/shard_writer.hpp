@@ -1,24 +1,17 @@
 #pragma once
-// Writes one rank's slices as a serial HDF5 file with its block table, durably. HDF5 itself never syncs and leaves a
-// readable-looking file after a failed write; so every return code counts, any failure discards the shard, and the
-// finished file is read back and compared with memory before it counts as written.
+// Writes one rank's slices as a serial HDF5 file with its block table, durably. Every return code counts, any failure
+// discards the shard, and the finished file is read back and compared with what memory held before it counts as
+// written.
 #include <cstdint>
 #include <filesystem>
 #include <functional>
 #include <string>
 #include <vector>
 
-#include "checkpoint/state_view.hpp"
+#include "checkpoint/shard_layout.hpp"
+#include "checkpoint/snapshot.hpp"
 
 namespace shardtune {
-
-struct ShardIdentity {
-  std::int64_t step = 0;
-  int rank = 0;
-  int num_ranks = 1;
-
-  std::string file_name() const;  // shard-00000-of-00004.h5
-};
 
 struct WrittenSlice {
   std::size_t slice = 0;          // index in the StateView
@@ -30,11 +23,13 @@ struct WrittenShard {
   std::uint64_t size = 0;
   std::uint64_t digest = 0;
   std::vector<WrittenSlice> slices;  // empty slices are not written
+  double write_seconds = 0;          // until the data were durable, before they were read back
 };
 
-// Thread-safe (ranks may be threads). Error{io} with the system's reason; the temporary file is removed then.
+// Takes all pieces of the snapshot. For a writer thread: communicates with nobody. Thread-safe (ranks may be threads).
+// Error{io} with the system's reason; the temporary file is removed then and the snapshot abandoned.
 // `phase` is called with the names of set_save_phase_hook as the work proceeds.
-WrittenShard write_shard(const std::filesystem::path& directory, const ShardIdentity& identity, const StateView& view,
+WrittenShard write_shard(const std::filesystem::path& directory, const ShardIdentity& identity, Snapshot& snapshot,
                          const std::function<void(const char*)>& phase);
 
 }  // namespace shardtune

@@ -25,7 +25,7 @@ namespace {
 void save_at(const std::filesystem::path& dir, std::int64_t step, int num_ranks,
              const std::vector<TestTensor>& tensors) {
   run_thread_ranks(num_ranks, [&](Communicator& comm) {
-    CheckpointStore(dir, comm).save(step, expected_state(tensors, step, comm.rank(), comm.size()), 0);
+    CheckpointStore(dir, comm).save(step, expected_state(tensors, step, comm.rank(), comm.size()));
   });
 }
 

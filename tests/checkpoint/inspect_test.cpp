@@ -20,7 +20,7 @@ namespace {
 void save_at(const std::filesystem::path& dir, int num_ranks) {
   const auto tensors = test_tensors();
   run_thread_ranks(num_ranks, [&](Communicator& comm) {
-    CheckpointStore(dir, comm).save(7, expected_state(tensors, 7, comm.rank(), comm.size()), 0);
+    CheckpointStore(dir, comm).save(7, expected_state(tensors, 7, comm.rank(), comm.size()));
   });
 }
 
@@ -32,7 +32,7 @@ void save_values(const std::filesystem::path& dir, const at::Tensor& values) {
     StateView view;
     view.slices.push_back({"x", "value", {values.numel()}, begin, values.narrow(0, begin, end - begin).clone()});
     view.run = nlohmann::json::object();
-    CheckpointStore(dir, comm).save(1, view, 0);
+    CheckpointStore(dir, comm).save(1, view);
   });
 }
 

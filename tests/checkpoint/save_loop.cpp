@@ -37,7 +37,7 @@ int main(int argc, char** argv) {
     CheckpointStore store(dir, comm);
     if (first > 0) store.prepare_resume(first - 1, "loop");
     for (std::int64_t step = first; step <= last; ++step)
-      store.save(step, expected_state(tensors, step, comm.rank(), comm.size()), 2);
+      store.save(step, expected_state(tensors, step, comm.rank(), comm.size()), {.keep = 2});
   };
   try {
     run_thread_ranks(num_ranks, save_all);

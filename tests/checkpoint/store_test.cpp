@@ -26,8 +26,8 @@ const std::vector<TestTensor> kTensors = test_tensors();
 void save_at(const std::filesystem::path& dir, std::int64_t step, int num_ranks, int keep = 0,
              const std::vector<std::int64_t>& protected_steps = {}) {
   run_thread_ranks(num_ranks, [&](Communicator& comm) {
-    CheckpointStore(dir, comm).save(step, expected_state(kTensors, step, comm.rank(), comm.size()), keep,
-                                    protected_steps);
+    CheckpointStore(dir, comm).save(step, expected_state(kTensors, step, comm.rank(), comm.size()),
+                                    {keep, protected_steps});
   });
 }
 
@@ -92,7 +92,7 @@ TEST(CheckpointStore, ALoadReadsLittleMoreThanItsSlices) {
   const std::vector<TestTensor> tensors = {
       {"a.frozen", {1}}, {"b.large", {3'000'001}}, {"c.small", {10}}, {"d.large", {7'000'003}}};
   run_thread_ranks(2, [&](Communicator& comm) {
-    CheckpointStore(dir.path(), comm).save(1, expected_state(tensors, 1, comm.rank(), comm.size()), 0);
+    CheckpointStore(dir.path(), comm).save(1, expected_state(tensors, 1, comm.rank(), comm.size()));
   });
   std::uint64_t total = 0, needed = 0;
   for (int rank = 0; rank < 3; ++rank) {
@@ -239,7 +239,7 @@ TEST(CheckpointStore, AFailureAtAnyPhaseOnAnyRankIsTheSameErrorEverywhere) {
       std::multiset<std::string> said;
       run_thread_ranks(3, [&](Communicator& comm) {
         try {
-          CheckpointStore(dir.path(), comm).save(2, expected_state(kTensors, 2, comm.rank(), comm.size()), 1);
+          CheckpointStore(dir.path(), comm).save(2, expected_state(kTensors, 2, comm.rank(), comm.size()), {.keep = 1});
           ADD_FAILURE() << "saved in spite of a failure at " << phase;
         } catch (const Error& e) {
           if (e.kind() == ErrorKind::comm) throw;
@@ -269,7 +269,7 @@ TEST(CheckpointStore, SlicesThatDoNotCoverATensorAreNotCommitted) {
     StateView view = expected_state(kTensors, 1, comm.rank(), comm.size());
     if (comm.rank() == 1) view.slices.erase(view.slices.begin());
     try {
-      CheckpointStore(dir.path(), comm).save(1, view, 0);
+      CheckpointStore(dir.path(), comm).save(1, view);
       ADD_FAILURE();
     } catch (const Error& e) {
       EXPECT_EQ(e.kind(), ErrorKind::internal);

@@ -1,0 +1,74 @@
+#include "checkpoint/direct_file.hpp"
+
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include "core/error.hpp"
+#include "core/log.hpp"
+
+namespace shardtune {
+namespace {
+
+constexpr std::size_t kPage = 4096;
+
+// 0, or the error; EINTR and short writes are continued.
+int write_at(int fd, const char* bytes, std::size_t size, std::uint64_t position) {
+  while (size > 0) {
+    const ssize_t put = ::pwrite(fd, bytes, size, static_cast<off_t>(position));
+    if (put < 0 && errno == EINTR) continue;
+    if (put < 0) return errno;
+    bytes += put;
+    size -= static_cast<std::size_t>(put);
+    position += static_cast<std::uint64_t>(put);
+  }
+  return 0;
+}
+
+}  // namespace
+
+DirectFile::DirectFile(std::filesystem::path file) : file_(std::move(file)) {
+  cached_ = UniqueFd(::open(file_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644));
+  if (!cached_) fail(ErrorKind::io, fmt::format("cannot create {}: {}", file_.string(), std::strerror(errno)));
+  direct_ = UniqueFd(::open(file_.c_str(), O_WRONLY | O_DIRECT | O_CLOEXEC));
+  if (!direct_) log::debug("{}: no direct writes here ({})", file_.string(), std::strerror(errno));
+}
+
+void DirectFile::write(const void* data, std::size_t size, std::uint64_t position) {
+  const auto* bytes = static_cast<const char*>(data);
+  if (direct_ && size >= kPage && position % kPage == 0 && reinterpret_cast<std::uintptr_t>(bytes) % kPage == 0) {
+    const std::size_t whole = size / kPage * kPage;
+    // After a short direct write the rest may be unaligned, which is EINVAL as well: all of it is written again.
+    const int code = write_at(direct_.get(), bytes, whole, position);
+    if (code == EINVAL) {
+      log::debug("{}: direct writes are refused, the page cache is used", file_.string());
+      direct_.reset(FdTraits::null());
+    } else if (code != 0) {
+      fail(ErrorKind::io, fmt::format("cannot write {}: {}", file_.string(), std::strerror(code)));
+    } else {
+      bytes += whole, size -= whole, position += whole;
+    }
+  }
+  if (const int code = write_at(cached_.get(), bytes, size, position); code != 0)
+    fail(ErrorKind::io, fmt::format("cannot write {}: {}", file_.string(), std::strerror(code)));
+}
+
+void DirectFile::sync() {
+  if (::fsync(cached_.get()) != 0)
+    fail(ErrorKind::io, fmt::format("cannot sync {}: {}", file_.string(), std::strerror(errno)));
+}
+
+void AlignedDelete::operator()(char* bytes) const noexcept { std::free(bytes); }
+
+AlignedBuffer make_aligned_buffer(std::size_t size) {
+  AlignedBuffer buffer(static_cast<char*>(std::aligned_alloc(kPage, (size + kPage - 1) / kPage * kPage)));
+  if (!buffer) throw std::bad_alloc();
+  return buffer;
+}
+
+}  // namespace shardtune

@@ -1,0 +1,83 @@
+#pragma once
+// The state of one moment, stored by a writer thread while training goes on and changes it. Nothing is copied when a
+// snapshot is taken: the writer reads the live tensors, and whoever is about to change one calls preserve() first,
+// which copies what the writer has not taken yet (copy on update) into staging memory of bounded size.
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "checkpoint/state_view.hpp"
+
+namespace shardtune {
+
+class Snapshot {
+ public:
+  // Bytes [begin, begin + size) of slice `slice`.
+  struct Piece {
+    std::size_t slice = 0;
+    std::uint64_t begin = 0;
+    std::size_t size = 0;
+  };
+  static constexpr std::size_t kPieceBytes = std::size_t{4} << 20;  // the most a piece holds
+
+  // What it has cost the training thread so far.
+  struct Cost {
+    std::uint64_t copied_bytes = 0, most_staged_bytes = 0;
+    double copy_seconds = 0, wait_seconds = 0;
+  };
+
+  // The tensors of `view` are contiguous fp32 on the CPU. At most `staging_bytes` are held in copies (one piece at
+  // least, so that no size of it can block for ever).
+  Snapshot(StateView view, std::size_t staging_bytes);
+  Snapshot(const Snapshot&) = delete;
+  Snapshot& operator=(const Snapshot&) = delete;
+
+  const StateView& view() const noexcept { return view_; }  // the writer takes elements by take(), not from here
+
+  // Training thread, before `tensor` (any tensor that shares memory with the snapshot, or none) is changed. Blocks only
+  // while all staging memory is in use and the writer still needs a part of `tensor`.
+  void preserve(const at::Tensor& tensor);
+  // Training thread: the writer may stop early; take() throws from now on.
+  void cancel();
+  Cost cost() const;
+
+  // Writer thread. Copies one piece into `into` (kPieceBytes); every piece is given out exactly once, in an order of
+  // the snapshot's choice; nothing when all were given out.
+  std::optional<Piece> take(void* into);
+  // Writer thread: it has failed and will take nothing more; preserve() never blocks or copies from now on.
+  void abandon();
+
+ private:
+  enum class State { live, copying, staged, taking, taken };
+  struct Entry {
+    Piece piece;
+    const char* address = nullptr;  // in the live tensor
+    State state = State::live;
+    std::unique_ptr<char[]> copy;
+  };
+  void preserve_entry(Entry& entry, std::unique_lock<std::mutex>& lock);
+  Entry* choose();
+  Entry* choose_next(std::unique_lock<std::mutex>& lock);
+
+  const StateView view_;
+  const std::size_t staging_bytes_;
+  std::vector<Entry> entries_;  // in the order of the view; does not change
+  std::vector<std::size_t> by_address_;
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<Entry*> staged_;  // waiting to be taken
+  Entry* wanted_ = nullptr;     // the training thread waits for this one
+  std::size_t first_live_ = 0;  // no entry before it is live
+  std::size_t num_untaken_ = 0;
+  std::size_t staged_bytes_ = 0;
+  bool is_cancelled_ = false;
+  Cost cost_;
+};
+
+}  // namespace shardtune
