@@ -12,6 +12,7 @@
 
 #include "checkpoint/checkpoint_store.hpp"
 #include "checkpoint/manifest.hpp"
+#include "checkpoint/output_lock.hpp"
 #include "core/error.hpp"
 #include "core/file.hpp"
 #include "core/log.hpp"
@@ -109,6 +110,10 @@ void prune_checkpoints(const std::filesystem::path& output_dir, std::int64_t ste
     if (info.step == step ||
         std::find(protected_steps.begin(), protected_steps.end(), info.step) != protected_steps.end())
       continue;
+    if (is_being_read(info.directory)) {
+      log::info("{} is being read and stays for now", info.directory.string());
+      continue;
+    }
     const std::filesystem::path doomed = info.directory.string() + ".deleting";
     remove_tree(doomed);
     rename_path(info.directory, doomed);
@@ -118,14 +123,17 @@ void prune_checkpoints(const std::filesystem::path& output_dir, std::int64_t ste
   }
 }
 
-void remove_stale_directories(const std::filesystem::path& output_dir) {
+std::vector<std::filesystem::path> remove_stale_directories(const std::filesystem::path& output_dir) {
+  std::vector<std::filesystem::path> removed;
   for (const std::filesystem::path& entry : entries_of(output_dir)) {
     const std::string extension = entry.extension().string();
     if (step_of(entry.stem().string()) && (extension == ".partial" || extension == ".deleting")) {
       remove_tree(entry);
       log::info("removed {}, left behind by an interrupted run", entry.string());
+      removed.push_back(entry);
     }
   }
+  return removed;
 }
 
 std::vector<CheckpointInfo> list_checkpoints(const std::filesystem::path& output_dir) {

@@ -18,10 +18,10 @@ void reject_checkpoint(const std::filesystem::path& checkpoint_dir, const std::s
 // Writes the file `latest`, a hint for people and scripts; no reader here trusts it.
 void write_latest(const std::filesystem::path& output_dir, std::int64_t step);
 // Removes the oldest committed checkpoints until `keep` are left (0 = all stay); `step` and protected ones stay.
-// A checkpoint disappears by one rename to *.deleting.
+// One that is being read stays until the next time. A checkpoint disappears by one rename to *.deleting.
 void prune_checkpoints(const std::filesystem::path& output_dir, std::int64_t step, int keep,
                        const std::vector<std::int64_t>& protected_steps);
-// Removes *.partial and *.deleting that a killed run left behind.
-void remove_stale_directories(const std::filesystem::path& output_dir);
+// Removes *.partial and *.deleting that a killed run left behind; returns their paths.
+std::vector<std::filesystem::path> remove_stale_directories(const std::filesystem::path& output_dir);
 
 }  // namespace shardtune

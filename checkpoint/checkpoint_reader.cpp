@@ -5,6 +5,7 @@
 
 #include <fmt/format.h>
 
+#include "checkpoint/output_lock.hpp"
 #include "core/error.hpp"
 
 namespace shardtune {
@@ -13,7 +14,7 @@ CheckpointReader::CheckpointReader(const std::filesystem::path& checkpoint_dir)
     : CheckpointReader(checkpoint_dir, read_manifest(checkpoint_dir)) {}
 
 CheckpointReader::CheckpointReader(std::filesystem::path checkpoint_dir, Manifest manifest)
-    : directory_(std::move(checkpoint_dir)), manifest_(std::move(manifest)) {}
+    : directory_(std::move(checkpoint_dir)), lock_(lock_for_reading(directory_)), manifest_(std::move(manifest)) {}
 
 const ManifestTensor& CheckpointReader::tensor(const std::string& name, const std::string& field) const {
   const ManifestTensor* found = manifest_.find(name, field);

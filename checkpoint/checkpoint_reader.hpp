@@ -37,6 +37,7 @@ class CheckpointReader {
   VerifiedFile& open(std::size_t file);
 
   std::filesystem::path directory_;
+  UniqueFd lock_;  // keeps retention from deleting what is being read
   Manifest manifest_;
   std::map<std::size_t, VerifiedFile> files_;
 };

@@ -22,11 +22,11 @@ struct Written {
   std::uint64_t hash = 0;
 };
 
-std::vector<Written> write_pieces(DirectFile& file, const std::vector<std::uint64_t>& positions, Snapshot& snapshot,
+std::vector<Written> write_pieces(DirectFile& file, const std::vector<std::uint64_t>& positions, PieceSource& source,
                                   const std::function<void(const char*)>& phase) {
   std::vector<Written> written;
-  const AlignedBuffer buffer = make_aligned_buffer(Snapshot::kPieceBytes);
-  while (const auto piece = snapshot.take(buffer.get())) {
+  const AlignedBuffer buffer = make_aligned_buffer(PieceSource::kPieceBytes);
+  while (const auto piece = source.take(buffer.get())) {
     const std::uint64_t position = positions[piece->slice] + piece->begin;
     written.push_back({position, piece->size, hash_bytes(buffer.get(), piece->size)});
     file.write(buffer.get(), piece->size, position);
@@ -63,7 +63,7 @@ BlockTable read_back(const std::filesystem::path& file, std::vector<Written> wri
 
 }  // namespace
 
-WrittenShard write_shard(const std::filesystem::path& directory, const ShardIdentity& identity, Snapshot& snapshot,
+WrittenShard write_shard(const std::filesystem::path& directory, const ShardIdentity& identity, PieceSource& source,
                          const std::function<void(const char*)>& phase) {
   WrittenShard result;
   result.file = identity.file_name();
@@ -73,9 +73,9 @@ WrittenShard write_shard(const std::filesystem::path& directory, const ShardIden
     const auto start = std::chrono::steady_clock::now();
     // Open before HDF5 writes and synced through this descriptor: a write-back error in between is reported to it.
     DirectFile file(temporary);
-    const std::vector<std::uint64_t> positions = lay_out_shard(temporary, identity, snapshot.view());
+    const std::vector<std::uint64_t> positions = lay_out_shard(temporary, identity, source.view());
     phase("shard_created");
-    const std::vector<Written> written = write_pieces(file, positions, snapshot, phase);
+    const std::vector<Written> written = write_pieces(file, positions, source, phase);
     phase("shard_closed");
     file.sync();
     result.write_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -89,9 +89,9 @@ WrittenShard write_shard(const std::filesystem::path& directory, const ShardIden
     result.size = table.file_bytes;
     result.digest = table.digest();
     for (std::size_t i = 0; i < positions.size(); ++i)
-      if (snapshot.view().slices[i].data.numel() > 0) result.slices.push_back({i, positions[i]});
+      if (source.view().slices[i].data.numel() > 0) result.slices.push_back({i, positions[i]});
   } catch (...) {
-    snapshot.abandon();
+    source.abandon();
     ::unlink(temporary.c_str());
     throw;
   }

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "checkpoint/piece_source.hpp"
 #include "checkpoint/shard_layout.hpp"
-#include "checkpoint/snapshot.hpp"
 
 namespace shardtune {
 
@@ -26,10 +26,10 @@ struct WrittenShard {
   double write_seconds = 0;          // until the data were durable, before they were read back
 };
 
-// Takes all pieces of the snapshot. For a writer thread: communicates with nobody. Thread-safe (ranks may be threads).
-// Error{io} with the system's reason; the temporary file is removed then and the snapshot abandoned.
+// Takes all pieces of the source. For a writer thread: communicates with nobody. Thread-safe (ranks may be threads).
+// Error{io} with the system's reason; the temporary file is removed then and the source abandoned.
 // `phase` is called with the names of set_save_phase_hook as the work proceeds.
-WrittenShard write_shard(const std::filesystem::path& directory, const ShardIdentity& identity, Snapshot& snapshot,
+WrittenShard write_shard(const std::filesystem::path& directory, const ShardIdentity& identity, PieceSource& source,
                          const std::function<void(const char*)>& phase);
 
 }  // namespace shardtune

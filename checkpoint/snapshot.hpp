@@ -4,7 +4,6 @@
 // which copies what the writer has not taken yet (copy on update) into staging memory of bounded size.
 #include <condition_variable>
 #include <cstdint>
-#include <exception>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -12,20 +11,13 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "checkpoint/piece_source.hpp"
 #include "checkpoint/state_view.hpp"
 
 namespace shardtune {
 
-class Snapshot {
+class Snapshot : public PieceSource {
  public:
-  // Bytes [begin, begin + size) of slice `slice`.
-  struct Piece {
-    std::size_t slice = 0;
-    std::uint64_t begin = 0;
-    std::size_t size = 0;
-  };
-  static constexpr std::size_t kPieceBytes = std::size_t{4} << 20;  // the most a piece holds
-
   // What it has cost the training thread so far.
   struct Cost {
     std::uint64_t copied_bytes = 0, most_staged_bytes = 0;
@@ -38,7 +30,7 @@ class Snapshot {
   Snapshot(const Snapshot&) = delete;
   Snapshot& operator=(const Snapshot&) = delete;
 
-  const StateView& view() const noexcept { return view_; }  // the writer takes elements by take(), not from here
+  const StateView& view() const noexcept override { return view_; }
 
   // Training thread, before `tensor` (any tensor that shares memory with the snapshot, or none) is changed. Blocks only
   // while all staging memory is in use and the writer still needs a part of `tensor`.
@@ -47,11 +39,9 @@ class Snapshot {
   void cancel();
   Cost cost() const;
 
-  // Writer thread. Copies one piece into `into` (kPieceBytes); every piece is given out exactly once, in an order of
-  // the snapshot's choice; nothing when all were given out.
-  std::optional<Piece> take(void* into);
-  // Writer thread: it has failed and will take nothing more; preserve() never blocks or copies from now on.
-  void abandon();
+  // For the writer thread. After abandon() preserve() never blocks or copies.
+  std::optional<Piece> take(void* into) override;
+  void abandon() override;
 
  private:
   enum class State { live, copying, staged, taking, taken };

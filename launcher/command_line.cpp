@@ -29,7 +29,7 @@ constexpr std::array<CommandInfo, 6> kCommands{{
     {"predict", "classes and probabilities of rows, as JSONL"},
     {"score", "logits, losses and log-probabilities of rows, as JSONL"},
     {"tokenize", "token ids of texts, as JSONL (one process, no MPI)"},
-    {"checkpoint", "list DIR | verify DIR | inspect DIR: look at checkpoints (one process, no MPI)"},
+    {"checkpoint", "list, verify, inspect, diff, export, import, reshard, prune, repair (one process, no MPI)"},
 }};
 
 bool is_run_command(const std::string& command) { return command != "tokenize" && command != "checkpoint"; }
@@ -177,6 +177,19 @@ void apply(const OptionTable& table, const Parsed& parsed, Invocation& invocatio
   for (const OptionRow* row : table.rows_of(invocation.command)) invocation.run.resolved.emplace_back(row->name, row->text());
 }
 
+std::string checkpoint_usage() {
+  return "Usage: shardtune checkpoint ACTION PATH ... [OPTIONS], where CHECKPOINT is a checkpoint-<step> or an output directory (its newest)\n"
+         "  list OUTPUT_DIR                    checkpoints, newest first\n"
+         "  verify OUTPUT_DIR|CHECKPOINT ...   every byte against its checksum; exit code 3 for damage\n"
+         "  inspect CHECKPOINT [--tensor NAME] what it holds as JSON, or statistics of one tensor\n"
+         "  diff CHECKPOINT CHECKPOINT         what differs, bit for bit, as JSON; exit code 1 when anything does\n"
+         "  export CHECKPOINT DIR              a Hugging Face model directory\n"
+         "  import MODEL_DIR OUTPUT_DIR        a Hugging Face model as checkpoint-0\n"
+         "  reshard CHECKPOINT OUTPUT_DIR --shards N   the same checkpoint in N files\n"
+         "  prune OUTPUT_DIR --keep N          delete the oldest; the newest good and the best one stay\n"
+         "  repair OUTPUT_DIR                  remove what killed saves left, rebuild `latest`\n";
+}
+
 std::string command_list() {
   std::vector<std::string> names;
   for (const CommandInfo& info : kCommands) names.emplace_back(info.name);
@@ -229,8 +242,7 @@ std::string help_text(const std::string& command) {
   const auto info = std::find_if(kCommands.begin(), kCommands.end(), [&](const CommandInfo& c) { return command == c.name; });
   text << fmt::format("shardtune {}: {}\n\n", command, info->summary);
   if (command == "checkpoint")
-    text << "Usage: shardtune checkpoint list OUTPUT_DIR\n       shardtune checkpoint verify OUTPUT_DIR|CHECKPOINT ...\n"
-            "       shardtune checkpoint inspect OUTPUT_DIR|CHECKPOINT [--tensor NAME]\n\n";
+    text << checkpoint_usage() << "\n";
   text << "Options, defaults in brackets; '-' and '_' are alike, --flag means true, --no_flag false:\n\n" << describe_options(table, command);
   return text.str();
 }

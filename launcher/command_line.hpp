@@ -16,7 +16,12 @@ struct TokenizeOptions {
 };
 
 struct CheckpointToolOptions {
-  std::string tensor;  // inspect: statistics of this parameter
+  std::string tensor;                    // inspect: statistics of this parameter
+  std::string format = "safetensors";    // export
+  std::string dtype = "float32";         // export
+  std::string max_shard_size = "50GB";   // export
+  std::int64_t shards = 0;               // reshard; 0 = not given
+  std::int64_t keep = 0;                 // prune; 0 = not given
 };
 
 // One start of the program.

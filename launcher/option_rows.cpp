@@ -78,6 +78,9 @@ void add_logging_rows(OptionTable& table, TrainOptions& train) {
   table.add("eval_on_start", train.eval_on_start, "evaluate before training");
   table.add("save_strategy", train.save_strategy, "when to write checkpoints");
   table.add("save_steps", train.save_steps, "steps, or below 1 a share of all steps");
+  table.add("async_save", train.async_save, "training goes on while a checkpoint is written");
+  table.add("checkpoint_staging_mb", train.checkpoint_staging_mb, "MiB per rank for copies of what training changes during a save");
+  table.add("on_save_error", train.on_save_error, "continue|stop", "a failed save: go on and try the next one, or end the run");
   table.add("save_total_limit", train.save_total_limit, "checkpoints to keep; 0 = all (the best one is always kept)");
   table.add("load_best_model_at_end", train.load_best_model_at_end, "export the best evaluated weights instead of the last");
   table.add("metric_for_best_model", train.metric_for_best_model, "NAME", "default: loss");
@@ -132,7 +135,12 @@ OptionTable make_option_table(Invocation& invocation) {
   add_parallel_rows(table, invocation.run.train);
   add_logging_rows(table, invocation.run.train);
   add_tokenize_rows(table, invocation);
-  table.begin_group("Inspecting", {"checkpoint"});
+  table.begin_group("Checkpoint tools", {"checkpoint"});
+  table.add("format", invocation.checkpoint.format, "safetensors", "export: the format of the weights");
+  table.add("dtype", invocation.checkpoint.dtype, "TYPE", "export: float32 or bfloat16 (bf16)");
+  table.add("max_shard_size", invocation.checkpoint.max_shard_size, "SIZE", "export: start a new file at this size, such as 5GB");
+  table.add("shards", invocation.checkpoint.shards, "reshard: number of files");
+  table.add("keep", invocation.checkpoint.keep, "prune: checkpoints to keep");
   table.add("tensor", invocation.checkpoint.tensor, "NAME", "inspect: statistics of this parameter's values and optimizer state");
   return table;
 }

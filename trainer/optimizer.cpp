@@ -17,6 +17,7 @@ AdamW::AdamW(ParallelEngine& engine, const AdamWSettings& settings) : settings_(
 
 void AdamW::step(double learning_rate, double gradient_scale, std::int64_t step) {
   for (State& state : states_) {
+    if (before_update_) before_update_(state);
     adamw_step({.param = state.parameter->master,
                 .exp_avg = state.exp_avg,
                 .exp_avg_sq = state.exp_avg_sq,

@@ -45,6 +45,8 @@ void check_sizes(const TrainOptions& train) {
   need(train.max_steps == -1 || train.max_steps > 0, "max_steps", train.max_steps, "-1 (= by epochs) or at least 1 is needed");
   need(std::isfinite(train.num_train_epochs) && train.num_train_epochs > 0, "num_train_epochs", train.num_train_epochs, "more than 0 is needed");
   need(train.save_total_limit >= 0, "save_total_limit", train.save_total_limit, "0 (= keep all) or more is needed");
+  need(train.checkpoint_staging_mb > 0, "checkpoint_staging_mb", train.checkpoint_staging_mb, "at least 1 is needed (--no_async_save saves without copies)");
+  need_one_of("on_save_error", train.on_save_error, {"continue", "stop"});
   need(train.seed >= 0, "seed", train.seed, "0 or more is needed");
   need(train.data_seed.value_or(0) >= 0, "data_seed", train.data_seed.value_or(0), "0 or more is needed");
 }

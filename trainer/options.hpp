@@ -62,6 +62,9 @@ struct TrainOptions {
   Interval save_strategy = Interval::steps;
   double save_steps = 500;
   std::int64_t save_total_limit = 0;         // 0 = keep all
+  bool async_save = true;                    // training goes on while a checkpoint is written
+  std::int64_t checkpoint_staging_mb = 1024; // most memory per rank for copies of what training changes meanwhile
+  std::string on_save_error = "continue";    // or "stop"
   bool load_best_model_at_end = false;
   std::string metric_for_best_model;         // empty = "loss"
   std::optional<bool> greater_is_better;

@@ -7,7 +7,9 @@
 #include <fmt/ranges.h>
 #include <unistd.h>
 
+#include "checkpoint/agreement.hpp"
 #include "checkpoint/checkpoint_store.hpp"
+#include "checkpoint/output_lock.hpp"
 #include "core/error.hpp"
 #include "core/file.hpp"
 #include "core/hash.hpp"
@@ -29,7 +31,14 @@ namespace {
 class TrainRun {
  public:
   TrainRun(const RunOptions& options, Communicator& world)
-      : options_(options), world_(world), store_(options.train.output_dir, world) {}
+      : options_(options),
+        world_(world),
+        store_(options.train.output_dir, world, static_cast<std::size_t>(options.train.checkpoint_staging_mb) << 20),
+        saver_(store_,
+               {.in_background = options.train.async_save,
+                .stops_on_error = options.train.on_save_error == "stop",
+                .keep = static_cast<int>(options.train.save_total_limit)},
+               [this](const RunState& state) { return make_view(state); }) {}
 
   int run();
 
@@ -38,14 +47,16 @@ class TrainRun {
   void build_data_and_model();
   void decide_identity();
   void load_weights();
-  void save(const RunState& state);
-  void finish(TrainOutcome outcome);
+  StateView make_view(const RunState& state);
+  void finish();
   nlohmann::json evaluate_now();
   TrainOutcome train();
 
   const RunOptions& options_;
   Communicator& world_;
+  OutputLock lock_;  // on rank 0
   CheckpointStore store_;
+  Saver saver_;
   fs::path resume_from_;
   ModelSource source_;
   std::vector<std::string> labels_;
@@ -65,9 +76,11 @@ int TrainRun::run() {
   decide_identity();
   load_weights();
   const TrainOutcome outcome = train();
-  if (outcome == TrainOutcome::stopped_by_signal) return kExitStoppedBySignal;
-  finish(outcome);
-  return 0;
+  // Without the last checkpoint nobody may rely on this run's end, whatever else has worked.
+  const int save_failed = saver_.has_failed() ? exit_code(ErrorKind::io) : 0;
+  if (outcome == TrainOutcome::stopped_by_signal) return save_failed != 0 ? save_failed : kExitStoppedBySignal;
+  finish();
+  return save_failed;
 }
 
 void TrainRun::prepare_output_dir() {
@@ -82,6 +95,9 @@ void TrainRun::prepare_output_dir() {
   }
   problem = broadcast_string(world_, problem, 0);
   if (!problem.empty()) fail(ErrorKind::io, problem);
+  run_agreed(world_, "starting in " + directory.string(), [&] {
+    if (world_.rank() == 0) lock_ = OutputLock(directory, "train");
+  });
   resume_from_ = find_resume_checkpoint(options_.train, store_);
 }
 
@@ -112,6 +128,10 @@ void TrainRun::decide_identity() {
   state_.identity = now;
   if (!resume_from_.empty()) {
     const nlohmann::json stored = read_checkpoint_run_state(resume_from_);
+    if (!stored.contains("state"))
+      fail(ErrorKind::config, fmt::format("--resume_from_checkpoint: {} was imported, it is no run that could go on; start from it "
+                                          "with --model_name_or_path {} and another --output_dir",
+                                          resume_from_.string(), resume_from_.string()));
     state_ = RunState::from_json(stored.at("state"), resume_from_.string());
     check_resumable(state_.identity, now, options_);
     for (const std::string& difference : environment_differences(stored.at("environment"), describe_environment(options_)))
@@ -139,6 +159,9 @@ void TrainRun::load_weights() {
                                                                .beta2 = train.adam_beta2,
                                                                .epsilon = train.adam_epsilon,
                                                                .weight_decay = train.weight_decay});
+  optimizer_->set_before_update([this](const AdamW::State& state) {
+    for (const at::Tensor& tensor : {state.parameter->master, state.exp_avg, state.exp_avg_sq}) store_.preserve(tensor);
+  });
   const auto seed = static_cast<std::uint64_t>(state_.identity.seed);
   if (!resume_from_.empty()) {
     load_checkpoint(store_, resume_from_, *engine_, optimizer_.get());
@@ -163,17 +186,15 @@ nlohmann::json TrainRun::evaluate_now() {
   return evaluate(setup, *eval_data_);
 }
 
-void TrainRun::save(const RunState& state) {
+StateView TrainRun::make_view(const RunState& state) {
   StateView view = make_state_view(*engine_, optimizer_.get());
-  view.run = {{"step", state.step}, {"state", state.to_json()}, {"environment", describe_environment(options_)}};
+  view.run = {{"step", state.step}, {"run_id", state.identity.run_id}, {"state", state.to_json()}, {"environment", describe_environment(options_)}};
   if (world_.rank() == 0) {
     for (auto& [name, content] : companion_files(*model_, source_)) view.side_files.push_back({name, content});
     const double epoch = static_cast<double>(state.step) / static_cast<double>(settings_.steps_per_epoch);
     view.side_files.push_back({"trainer_state.json", hf_trainer_state(state, options_, settings_.max_steps, epoch)});
   }
-  std::vector<std::int64_t> keep_always;
-  if (state.best_step >= 0) keep_always.push_back(state.best_step);
-  store_.save(state.step, view, static_cast<int>(options_.train.save_total_limit), keep_always);
+  return view;
 }
 
 TrainOutcome TrainRun::train() {
@@ -197,14 +218,22 @@ TrainOutcome TrainRun::train() {
                    .world = world_,
                    .observers = observers,
                    .evaluate = eval_data_ ? [this] { return evaluate_now(); } : std::function<nlohmann::json()>{},
-                   .save = [this](const RunState& state) { save(state); },
+                   .saver = saver_,
                    .stop_requested = stop_requested},
                   settings_, state_);
   return trainer.run();
 }
 
-void TrainRun::finish(TrainOutcome /*outcome*/) {
+void TrainRun::finish() {
+  const auto has_checkpoint = [&](std::int64_t step) {
+    const auto infos = store_.list();
+    return std::any_of(infos.begin(), infos.end(), [&](const auto& info) { return info.is_committed && info.step == step; });
+  };
   if (settings_.load_best_model_at_end && state_.best_step >= 0 && state_.best_step != state_.step) {
+    if (!has_checkpoint(state_.best_step))
+      fail(ErrorKind::io, fmt::format("the best model, of step {}, cannot be loaded: saving it failed; the newest checkpoint in {} is "
+                                      "intact and can be continued or exported",
+                                      state_.best_step, options_.train.output_dir));
     const fs::path best = fs::path(options_.train.output_dir) / fmt::format("checkpoint-{}", state_.best_step);
     load_checkpoint(store_, best, *engine_, nullptr);
     log::info("loaded the best model, of step {} ({} = {:.6g})", state_.best_step, settings_.metric_for_best_model, state_.best_metric);

@@ -27,23 +27,34 @@ TrainOutcome Trainer::run() {
   first_step_ = saved_step_ = state_.step;
   if (settings_.eval_on_start && state_.step == 0) evaluate_and_track_best();
   while (state_.step < settings_.max_steps) {
-    if (agree_to_stop()) {
-      if (saved_step_ != state_.step || state_.step == 0) parts_.save(state_);
-      log::info("stopped by a signal after step {} with a committed checkpoint", state_.step);
+    const ControlWord word = share_control_word();
+    if (!word.is_any_saving) parts_.saver.advance();
+    if (word.must_stop) {
+      if (saved_step_ != state_.step || state_.step == 0) save_now();
+      parts_.saver.finish();
+      if (!parts_.saver.has_failed()) log::info("stopped by a signal after step {} with a committed checkpoint", state_.step);
       return TrainOutcome::stopped_by_signal;
     }
     after_step(train_step(parts_.loader.next()));
   }
-  if (settings_.save_at_end && saved_step_ != state_.step) parts_.save(state_);
+  if (settings_.save_at_end && saved_step_ != state_.step) save_now();
+  parts_.saver.finish();
   return TrainOutcome::finished;
 }
 
 // The control word of the step: what any rank knows, all ranks know before they decide.
-bool Trainer::agree_to_stop() {
-  at::Tensor word = at::zeros({1}, at::kLong);
-  word.fill_(parts_.stop_requested && parts_.stop_requested() ? 1 : 0);
+Trainer::ControlWord Trainer::share_control_word() {
+  at::Tensor word = at::zeros({2}, at::kLong);
+  auto* bits = word.data_ptr<std::int64_t>();
+  bits[0] = parts_.stop_requested && parts_.stop_requested() ? 1 : 0;
+  bits[1] = parts_.saver.is_working() ? 1 : 0;
   parts_.world.all_reduce(word, ReduceOp::max).wait();
-  return word.item<std::int64_t>() != 0;
+  return {.must_stop = bits[0] != 0, .is_any_saving = bits[1] != 0};
+}
+
+void Trainer::save_now() {
+  parts_.saver.save(state_);
+  saved_step_ = state_.step;
 }
 
 Trainer::StepResult Trainer::train_step(const StepBatches& batches) {
@@ -115,10 +126,7 @@ void Trainer::after_step(const StepResult& result) {
   }
   if (is_due(settings_.logging_steps) || (settings_.logging_first_step && state_.step == 1)) log_step(result);
   if (is_due(settings_.eval_steps) && parts_.evaluate) evaluate_and_track_best();
-  if (is_due(settings_.save_steps)) {
-    parts_.save(state_);
-    saved_step_ = state_.step;
-  }
+  if (is_due(settings_.save_steps)) save_now();
 }
 
 void Trainer::log_step(const StepResult& result) {

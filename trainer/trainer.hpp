@@ -15,6 +15,7 @@
 #include "trainer/observer.hpp"
 #include "trainer/optimizer.hpp"
 #include "trainer/run_state.hpp"
+#include "trainer/saver.hpp"
 #include "trainer/schedule.hpp"
 
 namespace shardtune {
@@ -41,7 +42,7 @@ struct TrainerParts {
   Communicator& world;
   std::vector<std::unique_ptr<Observer>>& observers;  // used on rank 0 only
   std::function<nlohmann::json()> evaluate;           // collective; may be empty
-  std::function<void(const RunState&)> save;          // collective; returns when committed
+  Saver& saver;
   std::function<bool()> stop_requested;               // this rank got a stop signal
 };
 
@@ -59,7 +60,11 @@ class Trainer {
   };
   StepResult train_step(const StepBatches& batches);
   void forward_backward(const StepBatches& batches, std::vector<double>& losses);
-  bool agree_to_stop();
+  struct ControlWord {
+    bool must_stop = false, is_any_saving = false;
+  };
+  ControlWord share_control_word();
+  void save_now();
   void after_step(const StepResult& result);
   void log_step(const StepResult& result);
   void log_memory();

@@ -36,7 +36,8 @@ std::vector<at::Tensor> numbered_tensors() {
 // Takes everything, `delay` microseconds a piece, and returns the tensors put together.
 std::vector<at::Tensor> take_all(Snapshot& snapshot, int delay_us) {
   std::vector<at::Tensor> taken;
-  for (const StateSlice& slice : snapshot.view().slices) taken.push_back(at::full({slice.data.numel()}, -1.0, at::kFloat));
+  for (const StateSlice& slice : snapshot.view().slices)
+    taken.push_back(at::full({slice.data.numel()}, -1.0, at::kFloat));
   std::vector<char> buffer(Snapshot::kPieceBytes);
   while (const auto piece = snapshot.take(buffer.data())) {
     std::memcpy(static_cast<char*>(taken[piece->slice].data_ptr()) + piece->begin, buffer.data(), piece->size);

@@ -64,15 +64,34 @@ std::vector<std::int64_t> committed_steps(const std::filesystem::path& dir) {
 
 TEST(CheckpointStore, SavedAtAnyNumberOfRanksLoadsAtAnyOtherBitForBit) {
   TempDir dir;
-  for (int saved = 1; saved <= 4; ++saved) {
+  for (int saved = 1; saved <= 8; ++saved) {
     save_at(dir.path(), saved, saved);
-    for (int loaded = 1; loaded <= 4; ++loaded)
+    for (int loaded = 1; loaded <= 8; ++loaded)
       EXPECT_EQ(load_at(dir / fmt::format("checkpoint-{}", saved), saved, loaded), "") << saved << " -> " << loaded;
     EXPECT_TRUE(verify_checkpoint(dir / fmt::format("checkpoint-{}", saved)).empty());
   }
   EXPECT_EQ(read_checkpoint_run_state(dir / "checkpoint-3")["step"], 3);
-  EXPECT_EQ(read_file(dir / "latest"), "checkpoint-4\n");
+  EXPECT_EQ(read_file(dir / "latest"), "checkpoint-8\n");
   EXPECT_EQ(read_file(dir / "checkpoint-2/config.json"), "{\"model_type\": \"bert\"}\n");
+}
+
+// N to M to K: what is loaded at one number of ranks and saved again is the same state.
+TEST(CheckpointStore, ChainsOfRankCountsChangeNoBit) {
+  TempDir dir;
+  for (const std::vector<int>& chain : {std::vector<int>{1, 8, 3}, {7, 2, 5}, {4, 6, 1}}) {
+    std::filesystem::path last = dir / fmt::format("{}/0/checkpoint-9", chain[0]);
+    save_at(last.parent_path(), 9, chain[0]);
+    for (std::size_t i = 1; i < chain.size(); ++i) {
+      const auto next = dir / fmt::format("{}/{}/checkpoint-9", chain[0], i);
+      run_thread_ranks(chain[i], [&](Communicator& comm) {
+        StateView view = blank_state(kTensors, comm.rank(), comm.size());
+        CheckpointStore(last.parent_path(), comm).load(last, view);
+        CheckpointStore(next.parent_path(), comm).save(9, view);
+      });
+      last = next;
+    }
+    for (const int loaded : {1, 2, 8}) EXPECT_EQ(load_at(last, 9, loaded), "");
+  }
 }
 
 TEST(CheckpointStore, EqualStatesGiveEqualFiles) {

@@ -1,0 +1,35 @@
+#pragma once
+// From written shards to a committed checkpoint. For the one process that commits: rank 0, or an offline tool.
+// Error{io} on failure; the caller removes the partial directory then.
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "checkpoint/manifest.hpp"
+#include "checkpoint/shard_writer.hpp"
+#include "checkpoint/state_view.hpp"
+
+namespace shardtune {
+
+// An empty OUTPUT_DIR/checkpoint-<step>.partial.
+void make_partial(const std::filesystem::path& output_dir, const std::filesystem::path& partial);
+
+std::vector<ManifestFile> write_side_files(const std::filesystem::path& directory,
+                                           const std::vector<SideFile>& side_files);
+
+// What the committing process must know of a shard, as JSON text: it travels by messages, nobody looks at files.
+std::string describe_shard(const WrittenShard& shard, const StateView& view);
+
+struct Commit {
+  std::filesystem::path output_dir;
+  std::int64_t step = 0;
+  const nlohmann::json& run;  // its "run_id", if any, names what the commit moves aside
+  const std::vector<ManifestFile>& side_files;
+  const std::vector<std::string>& shards;  // describe_shard of each, in the order of their files
+};
+
+// Writes the manifest and publishes the directory, durably. `phase` as in write_shard.
+void commit_checkpoint(const Commit& what, const std::function<void(const char*)>& phase);
+
+}  // namespace shardtune

@@ -1,0 +1,37 @@
+#pragma once
+// Writes a whole checkpoint from one process in constant memory: for tools that convert, not for training.
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+#include <nlohmann/json.hpp>
+
+#include "checkpoint/state_view.hpp"
+
+namespace shardtune {
+
+struct OfflineTensor {
+  std::string name, field;
+  std::vector<std::int64_t> shape;
+};
+
+struct OfflineCheckpoint {
+  std::int64_t step = 0;
+  int num_shards = 1;  // every tensor is cut evenly over them
+  nlohmann::json run = nlohmann::json::object();
+  std::vector<SideFile> side_files = {};
+  std::vector<OfflineTensor> tensors = {};
+};
+
+// Fills `into` (contiguous fp32) with the elements of tensors[tensor] from `offset` on.
+using ReadElements = std::function<void(std::size_t tensor, std::int64_t offset, const at::Tensor& into)>;
+
+// Writes OUTPUT_DIR/checkpoint-<step>, durable and committed by the protocol of every save, and returns its path.
+// Error{config} when there is one already, Error{io}, and what `read` throws; nothing is left behind then.
+std::filesystem::path write_checkpoint(const std::filesystem::path& output_dir, const OfflineCheckpoint& what,
+                                       const ReadElements& read);
+
+}  // namespace shardtune

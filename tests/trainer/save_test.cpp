@@ -1,0 +1,145 @@
+// Saving while training goes on: the same checkpoints as saving in between, and what a failed save means for the run.
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <thread>
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include "checkpoint/checkpoint_reader.hpp"
+#include "checkpoint/checkpoint_store.hpp"
+#include "core/error.hpp"
+#include "core/hash.hpp"
+#include "distributed/comm/thread_group.hpp"
+#include "tests/support/tiny_run.hpp"
+#include "trainer/commands.hpp"
+
+namespace shardtune {
+namespace {
+
+using testing_support::fresh_directory;
+using testing_support::make_tiny_run;
+using testing_support::TinyFamily;
+
+int train(const RunOptions& options, int num_ranks) {
+  std::mutex mutex;
+  std::vector<int> codes;
+  run_thread_ranks(num_ranks, [&](Communicator& world) {
+    at::set_num_threads(1);
+    const int code = run_train(options, world);
+    const std::lock_guard lock(mutex);
+    codes.push_back(code);
+  });
+  EXPECT_EQ(std::count(codes.begin(), codes.end(), codes.front()), num_ranks);
+  return codes.front();
+}
+
+// A hash of every tensor of every checkpoint in the directory.
+std::map<std::string, std::uint64_t> tensor_hashes(const std::string& output_dir) {
+  std::map<std::string, std::uint64_t> hashes;
+  for (const CheckpointInfo& info : list_checkpoints(output_dir)) {
+    EXPECT_TRUE(verify_checkpoint(info.directory).empty()) << info.directory;
+    CheckpointReader reader(info.directory);
+    for (const ManifestTensor& tensor : reader.manifest().tensors) {
+      const at::Tensor data = at::empty({tensor.numel()}, at::kFloat);
+      reader.read({{&tensor, 0, data}});
+      hashes[fmt::format("{} {} {}", info.step, tensor.name, tensor.field)] = hash_bytes(data.data_ptr(), data.nbytes());
+    }
+  }
+  return hashes;
+}
+
+RunOptions save_often(const std::filesystem::path& directory) {
+  RunOptions options = make_tiny_run(directory, TinyFamily::bert);
+  options.train.max_steps = 9;
+  options.train.save_strategy = Interval::steps;
+  options.train.save_steps = 2;
+  options.train.learning_rate = 1e-2;
+  options.train.global_batch_size = 12;
+  return options;
+}
+
+// The writer is slowed down, so that it takes most of the state after training has changed it.
+TEST(AsyncSave, GivesTheSameCheckpointsAsSavingInBetween) {
+  for (const char* plan : {"ddp", "zero3"}) {
+    const auto directory = fresh_directory(fmt::format("async_save_{}", plan));
+    RunOptions options = save_often(directory);
+    options.train.sharding = plan;
+    options.train.async_save = false;
+    options.train.output_dir = (directory / "between").string();
+    EXPECT_EQ(train(options, 2), 0);
+    options.train.async_save = true;
+    options.train.checkpoint_staging_mb = 1;
+    options.train.output_dir = (directory / "background").string();
+    set_save_phase_hook([](const char* phase, std::int64_t) {
+      if (std::string_view(phase) == "shard_created" || std::string_view(phase) == "dataset_written")
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    });
+    EXPECT_EQ(train(options, 3), 0);
+    set_save_phase_hook(nullptr);
+    const auto expected = tensor_hashes((directory / "between").string());
+    EXPECT_GT(expected.size(), 5u * 20);
+    EXPECT_EQ(tensor_hashes(options.train.output_dir), expected);
+    // Worth something only if the steps differ.
+    const std::string first = expected.begin()->first;
+    const std::string name = first.substr(first.find(' '));
+    EXPECT_NE(expected.at("2" + name), expected.at("4" + name));
+    std::filesystem::remove_all(directory);
+  }
+}
+
+// Fails the save of one step on one rank.
+void fail_save_of(std::int64_t step) {
+  set_save_phase_hook([step](const char* phase, std::int64_t now) {
+    if (now == step && std::string_view(phase) == "shard_created") fail(ErrorKind::io, "injected");
+  });
+}
+
+TEST(FailedSave, TheRunGoesOnAndTheNextSaveIsTried) {
+  for (const bool in_background : {true, false}) {
+    const auto directory = fresh_directory("failed_save");
+    RunOptions options = save_often(directory);
+    options.train.async_save = in_background;
+    fail_save_of(4);
+    EXPECT_EQ(train(options, 2), 0);
+    set_save_phase_hook(nullptr);
+    std::vector<std::int64_t> steps;
+    for (const CheckpointInfo& info : list_checkpoints(options.train.output_dir)) steps.push_back(info.step);
+    EXPECT_EQ(steps, (std::vector<std::int64_t>{9, 8, 6, 2})) << in_background;
+    std::filesystem::remove_all(directory);
+  }
+}
+
+TEST(FailedSave, TheLastOneIsExitCode4WithTheModelExported) {
+  const auto directory = fresh_directory("failed_last_save");
+  RunOptions options = save_often(directory);
+  fail_save_of(9);
+  EXPECT_EQ(train(options, 2), exit_code(ErrorKind::io));
+  set_save_phase_hook(nullptr);
+  EXPECT_EQ(list_checkpoints(options.train.output_dir).front().step, 8);
+  EXPECT_TRUE(std::filesystem::exists(std::filesystem::path(options.train.output_dir) / "model/model.safetensors"));
+  std::filesystem::remove_all(directory);
+}
+
+TEST(FailedSave, EndsTheRunWhereAskedTo) {
+  const auto directory = fresh_directory("failed_save_stops");
+  RunOptions options = save_often(directory);
+  options.train.on_save_error = "stop";
+  fail_save_of(4);
+  try {
+    train(options, 2);
+    ADD_FAILURE() << "the run went on";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.kind(), ErrorKind::io);
+    EXPECT_NE(std::string(e.what()).find("checkpoint-4"), std::string::npos) << e.what();
+  }
+  set_save_phase_hook(nullptr);
+  EXPECT_EQ(list_checkpoints(options.train.output_dir).front().step, 2);
+  std::filesystem::remove_all(directory);
+}
+
+}  // namespace
+}  // namespace shardtune

@@ -1,0 +1,62 @@
+#include "trainer/saver.hpp"
+
+#include <chrono>
+
+#include "core/error.hpp"
+#include "core/log.hpp"
+
+namespace shardtune {
+
+Saver::Saver(CheckpointStore& store, SavePolicy policy, MakeView make_view)
+    : store_(store), policy_(policy), make_view_(std::move(make_view)) {}
+
+void Saver::save(const RunState& state) {
+  finish();
+  held_up_seconds_ = 0;
+  std::vector<std::int64_t> always_kept;
+  if (state.best_step >= 0) always_kept.push_back(state.best_step);
+  attempt([&] {
+    has_failed_ = false;
+    store_.begin_save(state.step, make_view_(state), {policy_.keep, always_kept});
+  });
+  if (!policy_.in_background) finish();
+}
+
+void Saver::advance() {
+  if (!store_.is_saving()) return;
+  attempt([&] {
+    if (const auto saved = store_.advance_save()) report(*saved);
+  });
+}
+
+void Saver::finish() {
+  if (!store_.is_saving()) return;
+  attempt([&] { report(store_.finish_save()); });
+}
+
+// The failure is the same on all ranks, and so is what they make of it.
+void Saver::attempt(const std::function<void()>& step) {
+  const auto start = std::chrono::steady_clock::now();
+  try {
+    step();
+  } catch (const Error& e) {
+    if (policy_.stops_on_error || e.kind() == ErrorKind::comm || e.kind() == ErrorKind::internal) throw;
+    has_failed_ = true;
+    log::error("{}; older checkpoints are untouched, training goes on and the next save is tried (--on_save_error stop ends "
+               "the run instead)",
+               e.what());
+  }
+  held_up_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+void Saver::report(const SaveReport& saved) const {
+  constexpr double kMib = 1048576.0;
+  const double mib = static_cast<double>(saved.bytes) / kMib;
+  log::info("checkpoint-{} committed: {:.1f} MiB in {:.2f} s (written in {:.2f} s, {:.0f} MiB/s); training was held up for {:.0f} ms, "
+            "copied {:.1f} MiB in {:.0f} ms, held at most {:.1f} MiB of copies",
+            saved.step, mib, saved.seconds, saved.write_seconds, mib / saved.write_seconds,
+            1e3 * (held_up_seconds_ + saved.cost.wait_seconds), static_cast<double>(saved.cost.copied_bytes) / kMib,
+            1e3 * saved.cost.copy_seconds, static_cast<double>(saved.cost.most_staged_bytes) / kMib);
+}
+
+}  // namespace shardtune

@@ -1,0 +1,50 @@
+#pragma once
+// When and how a run saves: in the background or not, and what a failed save means for the run.
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "checkpoint/checkpoint_store.hpp"
+#include "trainer/run_state.hpp"
+
+namespace shardtune {
+
+struct SavePolicy {
+  bool in_background = true;
+  bool stops_on_error = false;  // else the failure is reported, training goes on and the next save is tried
+  int keep = 0;                 // save_total_limit; 0 = all
+};
+
+// One object per rank; functions are collective unless they say otherwise.
+class Saver {
+ public:
+  // What is saved of the run now. The slices are views of live tensors: whoever changes one of them during training
+  // calls store.preserve() before.
+  using MakeView = std::function<StateView(const RunState&)>;
+
+  Saver(CheckpointStore& store, SavePolicy policy, MakeView make_view);
+
+  // Waits for a save that is under way, then starts one; returns when it is committed unless it runs in the background.
+  void save(const RunState& state);
+  // This rank is still writing. Local; its maximum over the ranks travels in the control word of each step.
+  bool is_working() const { return store_.is_working(); }
+  // With the control word that says that no rank is working: takes the save, if any, to its next stage.
+  void advance();
+  // Waits until no save is under way.
+  void finish();
+
+  bool has_failed() const noexcept { return has_failed_; }  // the last save did; the same on all ranks
+
+ private:
+  void attempt(const std::function<void()>& step);
+  void report(const SaveReport& saved) const;
+
+  CheckpointStore& store_;
+  SavePolicy policy_;
+  MakeView make_view_;
+  bool has_failed_ = false;
+  double held_up_seconds_ = 0;  // training, by the save under way
+};
+
+}  // namespace shardtune
