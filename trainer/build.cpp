@@ -1,6 +1,7 @@
 #include "trainer/build.hpp"
 
 #include <fnmatch.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -54,6 +55,22 @@ std::unique_ptr<Dataset> build_dataset(const DatasetOptions& options, const std:
   return make_classification_dataset(options, labels, tokenizer);
 }
 
+ParallelOptions parallel_options(const TrainOptions& train, Communicator& world) {
+  const PlanRequest request{.name = train.sharding,
+                            .reshard_after_forward = train.reshard_after_forward,
+                            .hsdp_shard_size = static_cast<int>(train.hsdp_shard_size)};
+  ParallelOptions options{.plan = resolve_sharding_plan(request),
+                          .hsdp_shard_size = request.hsdp_shard_size,
+                          .compute_dtype = train.bf16 ? at::kBFloat16 : at::kFloat,
+                          .gradient_checkpointing = train.gradient_checkpointing};
+  if (options.plan.shard_axis == MeshAxis::node && options.hsdp_shard_size == 0) {
+    char host[256] = {};
+    ::gethostname(host, sizeof host - 1);
+    options.hsdp_shard_size = ranks_per_node(world, host);
+  }
+  return options;
+}
+
 void freeze_parameters(Model& model, const std::vector<std::string>& patterns) {
   for (const std::string& pattern : patterns) {
     bool has_match = false;
@@ -79,9 +96,7 @@ LoadedModel load_for_inference(const RunOptions& options, Communicator& world) {
   loaded.tokenizer = build_tokenizer(loaded.source);
   loaded.max_length = resolve_max_length(options.data, *loaded.model, loaded.source);
   loaded.engine = std::make_unique<ParallelEngine>(
-      loaded.model->units(), world,
-      ParallelOptions{.plan = find_sharding_plan(options.train.sharding),
-                      .compute_dtype = options.train.bf16 ? at::kBFloat16 : at::kFloat});
+      loaded.model->units(), world, parallel_options(options.train, world));
   const auto seed = static_cast<std::uint64_t>(options.train.seed);
   if (!loaded.source.checkpoint_dir.empty()) {
     CheckpointStore store(loaded.source.checkpoint_dir.parent_path(), world);

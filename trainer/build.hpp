@@ -23,6 +23,9 @@ DatasetOptions dataset_options(const RunOptions& options, const std::string& fil
 std::unique_ptr<Dataset> build_dataset(const DatasetOptions& options, const std::string& task,
                                        const std::vector<std::string>& labels, const Tokenizer& tokenizer);
 
+// Plan, precision and memory settings of the engine. Collective: hsdp asks all ranks for their node.
+ParallelOptions parallel_options(const TrainOptions& train, Communicator& world);
+
 // Marks the parameters that --freeze names as not trainable. Error{config} for a pattern that matches nothing.
 void freeze_parameters(Model& model, const std::vector<std::string>& patterns);
 

@@ -33,6 +33,8 @@ struct TrainOptions {
   bool overwrite_output_dir = false;
   std::string resume_from_checkpoint;        // empty, "true", "auto" or a checkpoint directory
   std::string sharding = "ddp";
+  std::optional<bool> reshard_after_forward;  // zero3, hsdp: false keeps weights until the backward pass is done
+  std::int64_t hsdp_shard_size = 0;          // ranks that share one copy; 0 = the ranks of a node
   std::string reduction = "tree";
   std::string loss_normalization = "global";
   std::int64_t per_device_train_batch_size = 8, per_device_eval_batch_size = 8;

@@ -150,11 +150,7 @@ void TrainRun::decide_identity() {
 
 void TrainRun::load_weights() {
   const TrainOptions& train = options_.train;
-  engine_ = std::make_unique<ParallelEngine>(
-      model_->units(), world_,
-      ParallelOptions{.plan = find_sharding_plan(train.sharding),
-                      .compute_dtype = train.bf16 ? at::kBFloat16 : at::kFloat,
-                      .gradient_checkpointing = train.gradient_checkpointing});
+  engine_ = std::make_unique<ParallelEngine>(model_->units(), world_, parallel_options(train, world_));
   optimizer_ = std::make_unique<AdamW>(*engine_, AdamWSettings{.beta1 = train.adam_beta1,
                                                                .beta2 = train.adam_beta2,
                                                                .epsilon = train.adam_epsilon,

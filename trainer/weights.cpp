@@ -143,7 +143,7 @@ void export_tensors(Communicator& world, ParallelEngine& engine, const fs::path&
     writer.emplace(file, std::move(items));
   });
   for (const auto* p : chosen)
-    stream_parameter(world, *p, select, [&](const at::Tensor& piece) { guarded([&] { writer->write(piece); }); });
+    stream_parameter(engine.world(), *p, select, [&](const at::Tensor& piece) { guarded([&] { writer->write(piece); }); });
   guarded([&] { writer->commit(); });
   on_rank_zero(world, [&] {
     if (!problem.empty()) fail(ErrorKind::io, problem);

@@ -19,7 +19,6 @@ const ParallelOptions& checked(const ParallelOptions& options) {
     fail(ErrorKind::config,
          fmt::format("compute dtype {} is not supported; use fp32 or bf16", c10::toString(options.compute_dtype)));
   }
-  if (!options.plan.is_available) find_sharding_plan(options.plan.name);
   return options;
 }
 
@@ -27,14 +26,18 @@ const ParallelOptions& checked(const ParallelOptions& options) {
 
 ParallelEngine::ParallelEngine(std::vector<Unit*> units, Communicator& world, ParallelOptions options)
     : options_(checked(options)),
-      world_(world),
-      reducer_({world_, options_.plan, options_.compute_dtype, memory_}, options_.probe),
-      runner_(options_.gradient_checkpointing, [this](ShardUnit& unit) { complete(unit); }) {
+      grid_(world, options_.plan, options_.hsdp_shard_size),
+      reducer_({grid_, options_.plan, options_.compute_dtype, memory_}, options_.probe),
+      runner_(
+          {.recompute = options_.gradient_checkpointing, .reshard_after_forward = options_.plan.reshard_after_forward},
+          [this](ShardUnit& unit) { complete(unit); }) {
   for (Unit* unit : units) {
     units_.push_back(
-        std::make_unique<ShardUnit>(*unit, ShardContext{world_, options_.plan, options_.compute_dtype, memory_}));
-    if (!unit->is_root) runner_.add_unit(*units_.back());
-    for (ShardedParameter& p : units_.back()->parameters()) {
+        std::make_unique<ShardUnit>(*unit, ShardContext{grid_, options_.plan, options_.compute_dtype, memory_}));
+    ShardUnit& sharded = *units_.back();
+    if (!unit->is_root) runner_.add_unit(sharded);
+    if (sharded.has_trainable()) finish_order_.push_back(&sharded);
+    for (ShardedParameter& p : sharded.parameters()) {
       parameters_.push_back(&p);
       if (p.parameter->is_trainable) trainable_.push_back(&p);
     }
@@ -42,31 +45,51 @@ ParallelEngine::ParallelEngine(std::vector<Unit*> units, Communicator& world, Pa
   if (trainable_.empty()) {
     fail(ErrorKind::config, "the model has no trainable parameter; unfreeze at least one before training");
   }
+  std::reverse(finish_order_.begin(), finish_order_.end());
+  std::stable_partition(finish_order_.begin(), finish_order_.end(),
+                        [](const ShardUnit* unit) { return !unit->unit().is_root; });
 }
 
 void ParallelEngine::weights_loaded() {
   for (const auto& unit : units_) {
+    unit->drop_gather();
     unit->reshard();
     unit->gather_masters();
-    unit->refresh_compute_copies();
   }
+  refresh_compute_copies(/*trainable_only=*/false);
+}
+
+// One unit ahead: the next gather runs while this one is unpacked.
+void ParallelEngine::refresh_compute_copies(bool trainable_only) {
+  ShardUnit* before = nullptr;
+  for (const auto& unit : units_) {
+    unit->begin_refresh(trainable_only);
+    if (before != nullptr) before->finish_refresh();
+    before = unit.get();
+  }
+  before->finish_refresh();
+}
+
+void ParallelEngine::drop_gathers() {
+  for (const auto& unit : units_) unit->drop_gather();
 }
 
 void ParallelEngine::gather_like_master(const ShardedParameter& parameter, at::Tensor like_master) {
   for (const auto& unit : units_) {
     for (const ShardedParameter& p : unit->parameters()) {
-      if (&p == &parameter) return unit->gather_whole(p, std::move(like_master));
+      if (&p == &parameter) return unit->gather_replicas(p, std::move(like_master));
     }
   }
   fail(ErrorKind::internal, "gather_like_master: a parameter of another engine");
 }
 
 std::int64_t ParallelEngine::num_rounds(std::int64_t num_micro_batches) const {
-  return RoundSchedule(options_.plan, world_.size(), num_micro_batches).num_rounds();
+  return RoundSchedule(options_.plan, {grid_.num_shards(), grid_.num_replicas()}, num_micro_batches).num_rounds();
 }
 
 std::int64_t ParallelEngine::micro_batch_of_round(std::int64_t num_micro_batches, std::int64_t round) const {
-  return RoundSchedule(options_.plan, world_.size(), num_micro_batches).micro_batch(world_.rank(), round);
+  const RoundSchedule schedule(options_.plan, {grid_.num_shards(), grid_.num_replicas()}, num_micro_batches);
+  return schedule.micro_batch(world().rank(), round);
 }
 
 void ParallelEngine::expect(Phase phase, const char* call) const {
@@ -74,6 +97,10 @@ void ParallelEngine::expect(Phase phase, const char* call) const {
 }
 
 void ParallelEngine::unshard_roots() {
+  for (const auto& unit : units_) {
+    if (unit->unit().is_root) unit->begin_unshard();
+  }
+  runner_.prefetch_first();
   for (const auto& unit : units_) {
     if (unit->unit().is_root) unit->unshard();
   }
@@ -86,9 +113,12 @@ void ParallelEngine::reshard_roots() noexcept {
 }
 
 void ParallelEngine::begin_step(std::int64_t num_micro_batches) {
-  schedule_.emplace(options_.plan, world_.size(), num_micro_batches);
+  schedule_.emplace(options_.plan, RoundSchedule::Shape{grid_.num_shards(), grid_.num_replicas()}, num_micro_batches);
   reducer_.begin_step(*schedule_);
+  next_finish_ = 0;
   for (const auto& unit : units_) {
+    unit->drop_gather();
+    unit->reshard();
     unit->drop_gradients();
     unit->release_gradients();
   }
@@ -105,10 +135,25 @@ void ParallelEngine::begin_micro_batch(std::int64_t round) {
   phase_ = Phase::in_micro_batch;
 }
 
+bool ParallelEngine::is_last_of_rank(std::int64_t round) const {
+  if (round + 1 == schedule_->num_rounds()) return true;
+  return !runs_every_round() && schedule_->micro_batch(world().rank(), round + 1) < 0;
+}
+
 void ParallelEngine::complete(ShardUnit& unit) {
   expect(Phase::in_micro_batch, "backward");
   completed_.push_back(&unit);
   reducer_.add(unit, round_);
+  if (is_last_of_rank(round_)) finish_ready_units();
+}
+
+void ParallelEngine::finish_ready_units() {
+  while (next_finish_ < finish_order_.size()) {
+    ShardUnit* const next = finish_order_[next_finish_];
+    if (std::find(completed_.begin(), completed_.end(), next) == completed_.end()) return;
+    reducer_.finish(*next);
+    ++next_finish_;
+  }
 }
 
 void ParallelEngine::backward(const at::Tensor& loss) {
@@ -116,25 +161,28 @@ void ParallelEngine::backward(const at::Tensor& loss) {
   torch::autograd::backward({loss}, {});
   // Left are the root (its gradients come from the outer graph, complete only now) and units the loss does not depend
   // on.
+  for (ShardUnit* unit : finish_order_) {
+    const bool is_completed = std::find(completed_.begin(), completed_.end(), unit) != completed_.end();
+    if (!is_completed) complete(*unit);
+  }
   for (const auto& unit : units_) {
-    const bool is_completed = std::find(completed_.begin(), completed_.end(), unit.get()) != completed_.end();
-    if (unit->has_trainable() && !is_completed) complete(*unit);
+    if (!unit->unit().is_root) unit->reshard();  // kept since a forward whose output the loss does not depend on
   }
   phase_ = Phase::in_step;
 }
 
 void ParallelEngine::finish_step() {
   expect(Phase::in_step, "finish_step");
+  drop_gathers();
   reshard_roots();
-  for (const auto& unit : units_) {
-    if (unit->has_trainable()) reducer_.finish(*unit);
-  }
+  while (next_finish_ < finish_order_.size()) reducer_.finish(*finish_order_[next_finish_++]);
+  reducer_.finish_all();
   phase_ = Phase::finished;
 }
 
 double ParallelEngine::grad_norm() {
   expect(Phase::finished, "grad_norm");
-  return gradient_norm(world_, trainable_);
+  return gradient_norm(world(), trainable_);
 }
 
 void ParallelEngine::scale_gradients(double factor) {
@@ -145,10 +193,8 @@ void ParallelEngine::scale_gradients(double factor) {
 
 void ParallelEngine::after_optimizer_step() {
   expect(Phase::finished, "after_optimizer_step");
-  for (const auto& unit : units_) {
-    unit->release_gradients();
-    if (unit->has_trainable()) unit->refresh_compute_copies();
-  }
+  for (const auto& unit : units_) unit->release_gradients();
+  refresh_compute_copies(/*trainable_only=*/true);
   phase_ = Phase::idle;
 }
 
@@ -166,6 +212,7 @@ EvaluationScope::EvaluationScope(ParallelEngine& engine) : engine_(engine), had_
 
 EvaluationScope::~EvaluationScope() {
   at::GradMode::set_enabled(had_grad_mode_);
+  engine_.drop_gathers();
   engine_.reshard_roots();
 }
 

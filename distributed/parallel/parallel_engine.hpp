@@ -30,7 +30,8 @@
 namespace shardtune {
 
 struct ParallelOptions {
-  ShardingPlan plan;                          // from find_sharding_plan
+  ShardingPlan plan;                          // from resolve_sharding_plan
+  int hsdp_shard_size = 0;                    // ranks per replica under hsdp, see ranks_per_node
   at::ScalarType compute_dtype = at::kFloat;  // kFloat or kBFloat16
   bool gradient_checkpointing = false;        // of every non-root unit
   GradientProbe probe = {};                   // tests only
@@ -38,8 +39,9 @@ struct ParallelOptions {
 
 class ParallelEngine {
  public:
-  // Local. `units` (Model::units()) and `world` outlive the engine. Sets every Parameter::value; masters are undefined
-  // until weights_loaded(). Error{config} for a compute dtype that is not supported, or when nothing is trainable.
+  // Collective. `units` (Model::units()) and `world` outlive the engine. Sets every Parameter::value; masters are
+  // undefined until weights_loaded(). Error{config} for a compute dtype or a shard size that cannot be honoured, or
+  // when nothing is trainable.
   ParallelEngine(std::vector<Unit*> units, Communicator& world, ParallelOptions options);
   ParallelEngine(const ParallelEngine&) = delete;
   ParallelEngine& operator=(const ParallelEngine&) = delete;
@@ -49,9 +51,11 @@ class ParallelEngine {
   std::span<ShardedParameter* const> trainable() const noexcept { return trainable_; }
   UnitRunner& runner() noexcept { return runner_; }
   const ShardingPlan& plan() const noexcept { return options_.plan; }
+  // The ranks in the order of their distinct slices, see rank_grid.hpp. Rank 0 is rank 0 of the job.
+  Communicator& world() const noexcept { return grid_.world(); }
 
   // Collective. Call after every rank has filled its distinct slices, p.slice_of(p.master), of every parameter (at
-  // start and at resume): makes masters whole where the plan keeps them whole, and refreshes the compute copies.
+  // start and at resume): completes masters where several ranks hold the same, and refreshes the compute copies.
   void weights_loaded();
   // Collective, for tensors the optimizer cuts like masters (exp_avg, ...), after their distinct slices were filled.
   void gather_like_master(const ShardedParameter& parameter, at::Tensor like_master);
@@ -60,22 +64,24 @@ class ParallelEngine {
   std::int64_t num_rounds(std::int64_t num_micro_batches) const;
   std::int64_t micro_batch_of_round(std::int64_t num_micro_batches, std::int64_t round) const;
   // True: a rank without a micro-batch must still run one (its collectives are the others'). False: it must not.
-  bool runs_every_round() const noexcept { return options_.plan.reshard_after_forward; }
+  bool runs_every_round() const noexcept { return options_.plan.runs_every_round(); }
 
-  void begin_step(std::int64_t num_micro_batches);  // local; drops what an abandoned step left
+  // Local. Drops what an abandoned step left; a step may be abandoned before any rank's last micro-batch.
+  void begin_step(std::int64_t num_micro_batches);
   // Collective where runs_every_round(); gathers the root unit for the rest of the step.
   void begin_micro_batch(std::int64_t round);
   // Runs autograd from `loss` (a scalar that requires grad) and completes every unit. Collective where
   // runs_every_round().
   void backward(const at::Tensor& loss);
   // Collective. Afterwards every trainable parameter has its gradient: the sum over all V micro-batches. Frees the
-  // root.
+  // root. (Reductions are under way since backward() of this rank's last micro-batch.)
   void finish_step();
   // Collective; between finish_step() and after_optimizer_step(). L2 norm of all gradients, same bits everywhere.
   double grad_norm();
   // Local. Multiplies the gradients in place (an optimizer may take the factor itself instead).
   void scale_gradients(double factor);
-  // Local. Frees the gradients and refreshes the compute copies from the masters. Also for a skipped step.
+  // Frees the gradients and refreshes the compute copies from the masters; collective where masters are cut and
+  // compute copies are kept (zero1, zero2). Also for a skipped step.
   void after_optimizer_step();
 
   const MemoryUse& memory() const noexcept { return memory_; }
@@ -87,12 +93,16 @@ class ParallelEngine {
   enum class Phase { idle, in_step, in_micro_batch, finished };
 
   void complete(ShardUnit& unit);
+  void finish_ready_units();
+  bool is_last_of_rank(std::int64_t round) const;
+  void refresh_compute_copies(bool trainable_only);
+  void drop_gathers();
   void reshard_roots() noexcept;
   void unshard_roots();
   void expect(Phase phase, const char* call) const;
 
   ParallelOptions options_;
-  Communicator& world_;
+  RankGrid grid_;
   MemoryUse memory_;
   std::vector<std::unique_ptr<ShardUnit>> units_;  // in the model's order
   std::vector<ShardedParameter*> parameters_;
@@ -103,6 +113,10 @@ class ParallelEngine {
   std::optional<RoundSchedule> schedule_;
   std::int64_t round_ = 0;
   std::vector<const ShardUnit*> completed_;  // in this micro-batch
+  // Units with trainable parameters in the order of their reductions, the same on all ranks: backward through the
+  // model, roots last. Those before next_finish_ were handed to the reducer for good.
+  std::vector<ShardUnit*> finish_order_;
+  std::size_t next_finish_ = 0;
 };
 
 // Gathers the root unit for a stretch of evaluation and sets no-grad mode. Construction is collective, destruction

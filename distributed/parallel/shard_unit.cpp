@@ -1,15 +1,11 @@
 #include "distributed/parallel/shard_unit.hpp"
 
-#include <algorithm>
-#include <cctype>
 #include <numeric>
-#include <string_view>
 #include <utility>
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/native/Resize.h>
 #include <ATen/ops/empty.h>
-#include <fmt/format.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include "core/error.hpp"
@@ -28,110 +24,130 @@ void resize_storage(const at::Tensor& tensor, std::int64_t bytes) {
   at::native::resize_bytes_cpu(tensor.storage().unsafeGetStorageImpl(), static_cast<std::size_t>(bytes));
 }
 
+// Communicators move no fp16; a gather only moves bits, so bf16 may stand for it.
+at::Tensor as_wire(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kHalf ? tensor.view(at::kBFloat16) : tensor;
+}
+
 std::int64_t copy_bytes(const Parameter& parameter) {
   return parameter.numel() * static_cast<std::int64_t>(parameter.value.element_size());
 }
 
-// True when `word` stands at the end of a dotted name part: "word" or "word." follows.
-bool ends_part(std::string_view name, std::string_view word, bool starts_part) {
-  for (std::size_t at = name.find(word); at != std::string_view::npos; at = name.find(word, at + 1)) {
-    const std::size_t after = at + word.size();
-    const bool is_end = after == name.size() || name[after] == '.';
-    const bool is_start = !starts_part || at == 0 || name[at - 1] == '.';
-    if (is_end && is_start) return true;
-  }
-  return false;
-}
-
 }  // namespace
-
-bool has_weight_decay(const Parameter& parameter) {
-  if (parameter.is_norm) return false;
-  std::string name = parameter.name;
-  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
-  for (const char* word : {"bias", "layernorm", "rmsnorm"}) {
-    if (name.find(word) != std::string::npos) return false;
-  }
-  return !ends_part(name, "norm", true) && !ends_part(name, "_norm", false);
-}
 
 ShardUnit::ShardUnit(Unit& unit, const ShardContext& context) : unit_(unit), context_(context) {
   const at::NoGradGuard no_grad;
   for (Parameter* parameter : unit.parameters) {
     check_internal(parameter != nullptr, "ShardUnit: null parameter");
-    parameters_.emplace_back(*parameter, context.world.size(), context.world.rank());
+    parameters_.emplace_back(*parameter, context.grid);
     has_trainable_ = has_trainable_ || parameter->is_trainable;
     create_storage(parameters_.back());
   }
-  packed_counts_ = counts_per_rank(true);
+  shard_counts_ = counts_of_shards(true);
+  for (int rank = 0; rank < context.grid.world().size(); ++rank) {
+    std::int64_t count = 0;
+    for (const ShardedParameter& p : parameters_) count += p.parameter->is_trainable ? p.layout.size(rank) : 0;
+    packed_counts_.push_back(count);
+  }
   is_unsharded_ = !frees_storage();
   if (is_unsharded_) context_.memory.compute.add(copy_bytes_);
 }
 
 void ShardUnit::create_storage(ShardedParameter& sharded) {
   Parameter& parameter = *sharded.parameter;
-  const bool is_cut = frees_storage();
-  sharded.master_offset = is_cut ? sharded.slice_offset() : 0;
-  sharded.master = at::empty({is_cut ? sharded.slice_numel() : parameter.numel()}, at::kFloat);
-  context_.memory.masters.add(static_cast<std::int64_t>(sharded.master.nbytes()));
-  if (!is_cut && context_.compute_dtype == at::kFloat) {
-    parameter.value = sharded.master.view(parameter.shape).variable_data();  // one copy serves both purposes
+  const int shard = context_.grid.shard();
+  sharded.master_offset = sharded.shard_begin(shard);
+  const std::int64_t numel = sharded.shard_numel(shard);
+  parameter.value = at::empty(parameter.shape, context_.compute_dtype);
+  copy_bytes_ += copy_bytes(parameter);
+  if (!frees_storage() && context_.compute_dtype == at::kFloat) {
+    // One copy serves both purposes.
+    sharded.master = raw_flat(parameter.value).narrow(0, sharded.master_offset, numel);
+    copy_bytes_ -= static_cast<std::int64_t>(sharded.master.nbytes());
   } else {
-    parameter.value = at::empty(parameter.shape, context_.compute_dtype);
-    copy_bytes_ += copy_bytes(parameter);
-    if (is_cut) resize_storage(parameter.value, 0);
+    sharded.master = at::empty({numel}, at::kFloat);
+    has_copies_ = true;
+    if (frees_storage()) resize_storage(parameter.value, 0);
   }
+  context_.memory.masters.add(static_cast<std::int64_t>(sharded.master.nbytes()));
   parameter.value.set_requires_grad(parameter.is_trainable);
   if (parameter.is_trainable) parameter.value.set_grad_dtype(at::kFloat);
 }
 
-std::vector<std::int64_t> ShardUnit::counts_per_rank(bool trainable_only) const {
-  std::vector<std::int64_t> counts(static_cast<std::size_t>(context_.world.size()));
-  for (int rank = 0; rank < context_.world.size(); ++rank) {
+std::vector<std::int64_t> ShardUnit::counts_of_shards(bool trainable_only) const {
+  std::vector<std::int64_t> counts(static_cast<std::size_t>(context_.grid.num_shards()));
+  for (int shard = 0; shard < context_.grid.num_shards(); ++shard) {
     for (const ShardedParameter& p : parameters_) {
-      if (p.parameter->is_trainable || !trainable_only) counts[static_cast<std::size_t>(rank)] += p.layout.size(rank);
+      if (p.parameter->is_trainable || !trainable_only) counts[static_cast<std::size_t>(shard)] += p.shard_numel(shard);
     }
   }
   return counts;
 }
 
-at::Tensor ShardUnit::gather_slices(const at::Tensor& own, const std::vector<std::int64_t>& counts) {
-  at::Tensor all = at::empty({sum(counts)}, own.options());
-  context_.world.all_gather(all, own, counts).wait();
-  return all;
+void ShardUnit::begin_gather(bool trainable_only) {
+  const at::NoGradGuard no_grad;
+  const std::vector<std::int64_t> counts = counts_of_shards(trainable_only);
+  Gather gather{.trainable_only = trainable_only,
+                .own = at::empty({counts[static_cast<std::size_t>(context_.grid.shard())]}, context_.compute_dtype),
+                .all = {}};
+  std::int64_t at_element = 0;
+  for (const ShardedParameter& p : parameters_) {
+    if (trainable_only && !p.parameter->is_trainable) continue;
+    gather.own.narrow(0, at_element, p.master.numel()).copy_(p.master);
+    at_element += p.master.numel();
+  }
+  if (context_.grid.num_shards() == 1) {
+    gather.all = gather.own;
+  } else {
+    gather.all = at::empty({sum(counts)}, context_.compute_dtype);
+    gather.work = context_.grid.shards().all_gather(as_wire(gather.all), as_wire(gather.own), counts);
+  }
+  context_.memory.compute.add(static_cast<std::int64_t>(gather.all.nbytes()));
+  gather_ = std::move(gather);
+}
+
+void ShardUnit::finish_gather() {
+  const at::NoGradGuard no_grad;
+  gather_->work.wait();
+  gather_->own.reset();
+  unpack(*gather_);
+  drop_gather();
+}
+
+void ShardUnit::unpack(const Gather& gather) {
+  std::vector<at::Tensor> flat;
+  for (const ShardedParameter& p : parameters_) flat.push_back(raw_flat(p.parameter->value));
+  std::int64_t at_element = 0;
+  for (int shard = 0; shard < context_.grid.num_shards(); ++shard) {
+    for (std::size_t i = 0; i < parameters_.size(); ++i) {
+      const ShardedParameter& p = parameters_[i];
+      const std::int64_t size = p.shard_numel(shard);
+      if (size == 0 || (gather.trainable_only && !p.parameter->is_trainable)) continue;
+      flat[i].narrow(0, p.shard_begin(shard), size).copy_(gather.all.narrow(0, at_element, size));
+      at_element += size;
+    }
+  }
+}
+
+void ShardUnit::drop_gather() {
+  if (!gather_) return;
+  gather_->work.wait();
+  context_.memory.compute.subtract(static_cast<std::int64_t>(gather_->all.nbytes()));
+  gather_.reset();
+}
+
+void ShardUnit::begin_unshard() {
+  if (!is_unsharded_ && !gather_) begin_gather(false);
 }
 
 void ShardUnit::unshard() {
   if (is_unsharded_) return;
-  const at::NoGradGuard no_grad;
-  const std::vector<std::int64_t> counts = counts_per_rank(false);
-  const auto own_rank = static_cast<std::size_t>(context_.world.rank());
-  at::Tensor own = at::empty({counts[own_rank]}, context_.compute_dtype);
-  std::int64_t at_element = 0;
-  for (const ShardedParameter& p : parameters_) {
-    own.narrow(0, at_element, p.slice_numel()).copy_(p.master);
-    at_element += p.slice_numel();
-  }
-  const at::Tensor all = gather_slices(own, counts);
-  const auto buffers = static_cast<std::int64_t>(all.nbytes() + own.nbytes());
-  own.reset();
-  context_.memory.compute.add(copy_bytes_ + buffers);
-  std::vector<at::Tensor> flat;
-  for (const ShardedParameter& p : parameters_) {
-    resize_storage(p.parameter->value, copy_bytes(*p.parameter));
-    flat.push_back(raw_flat(p.parameter->value));
-  }
-  at_element = 0;
-  for (int rank = 0; rank < context_.world.size(); ++rank) {
-    for (std::size_t i = 0; i < parameters_.size(); ++i) {
-      const BlockLayout& layout = parameters_[i].layout;
-      const std::int64_t size = layout.size(rank);
-      if (size > 0) flat[i].narrow(0, layout.begin(rank), size).copy_(all.narrow(0, at_element, size));
-      at_element += size;
-    }
-  }
-  context_.memory.compute.subtract(buffers);
+  begin_unshard();
+  gather_->work.wait();  // before memory is taken for the result
+  for (const ShardedParameter& p : parameters_) resize_storage(p.parameter->value, copy_bytes(*p.parameter));
+  context_.memory.compute.add(copy_bytes_);
   is_unsharded_ = true;
+  finish_gather();
 }
 
 void ShardUnit::reshard() noexcept {
@@ -141,94 +157,35 @@ void ShardUnit::reshard() noexcept {
   is_unsharded_ = false;
 }
 
-at::Tensor ShardUnit::pack_gradients() {
+void ShardUnit::begin_refresh(bool trainable_only) {
+  if (frees_storage() || (trainable_only && !has_trainable_)) return;
+  if (context_.grid.num_shards() > 1) return begin_gather(trainable_only);
+  if (!has_copies_) return;
   const at::NoGradGuard no_grad;
-  at::Tensor packed = at::empty({sum(packed_counts_)}, at::kFloat);
-  std::vector<at::Tensor> gradients(parameters_.size());
-  for (std::size_t i = 0; i < parameters_.size(); ++i) {
-    at::Tensor& gradient = parameters_[i].parameter->value.mutable_grad();
-    if (!gradient.defined()) continue;
-    check_internal(gradient.scalar_type() == at::kFloat, "ShardUnit: a gradient is not fp32");
-    gradients[i] = gradient.contiguous().view({-1});
-    gradient.reset();
+  for (const ShardedParameter& p : parameters_) {
+    if (p.parameter->is_trainable || !trainable_only) raw_flat(p.parameter->value).copy_(p.master);
   }
-  std::int64_t at_element = 0;
-  for (int rank = 0; rank < context_.world.size(); ++rank) {
-    for (std::size_t i = 0; i < parameters_.size(); ++i) {
-      const ShardedParameter& p = parameters_[i];
-      const std::int64_t size = p.layout.size(rank);
-      if (!p.parameter->is_trainable || size == 0) continue;
-      at::Tensor part = packed.narrow(0, at_element, size);
-      at_element += size;
-      if (gradients[i].defined()) {
-        part.copy_(gradients[i].narrow(0, p.layout.begin(rank), size));
-      } else {
-        part.zero_();
-      }
-    }
-  }
-  return packed;
 }
 
-void ShardUnit::drop_gradients() {
-  for (ShardedParameter& p : parameters_) p.parameter->value.mutable_grad().reset();
+void ShardUnit::finish_refresh() {
+  if (!frees_storage() && gather_) finish_gather();
 }
 
-void ShardUnit::set_gradients(const at::Tensor& own_part) {
-  const at::NoGradGuard no_grad;
-  release_gradients();
-  const bool is_cut = frees_storage();
-  const int num_ranks = context_.world.size();
-  // One rank's packed layout is the parameters one after another: nothing to gather or to rearrange.
-  const bool is_whole = is_cut || num_ranks == 1;
-  const at::Tensor packed = is_whole ? own_part : gather_slices(own_part, packed_counts_);
-  const at::Tensor flat = is_whole ? own_part : at::empty({sum(packed_counts_)}, at::kFloat);
-  std::int64_t at_element = 0;
-  for (ShardedParameter& p : parameters_) {
-    if (!p.parameter->is_trainable) continue;
-    p.gradient = flat.narrow(0, at_element, p.master.numel());
-    at_element += p.master.numel();
-  }
-  gradient_bytes_ = static_cast<std::int64_t>(flat.nbytes());
-  context_.memory.gradients.add(gradient_bytes_);
-  if (is_whole) return;
-  const auto buffer = static_cast<std::int64_t>(packed.nbytes());
-  context_.memory.gradients.add(buffer);
-  at_element = 0;
-  for (int rank = 0; rank < num_ranks; ++rank) {
-    for (ShardedParameter& p : parameters_) {
-      const std::int64_t size = p.layout.size(rank);
-      if (!p.parameter->is_trainable || size == 0) continue;
-      p.gradient.narrow(0, p.layout.begin(rank), size).copy_(packed.narrow(0, at_element, size));
-      at_element += size;
-    }
-  }
-  context_.memory.gradients.subtract(buffer);
-}
-
-void ShardUnit::release_gradients() {
-  for (ShardedParameter& p : parameters_) p.gradient.reset();
-  context_.memory.gradients.subtract(std::exchange(gradient_bytes_, 0));
-}
-
-void ShardUnit::gather_whole(const ShardedParameter& parameter, at::Tensor like_master) {
-  if (frees_storage()) return;
+void ShardUnit::gather_replicas(const ShardedParameter& parameter, at::Tensor like_master) {
+  const int num_replicas = context_.grid.num_replicas();
+  if (num_replicas == 1) return;
   const at::NoGradGuard no_grad;
   std::vector<std::int64_t> counts;
-  for (int rank = 0; rank < context_.world.size(); ++rank) counts.push_back(parameter.layout.size(rank));
+  for (int replica = 0; replica < num_replicas; ++replica) {
+    counts.push_back(parameter.layout.size(context_.grid.shard() * num_replicas + replica));
+  }
   const at::Tensor own = parameter.slice_of(like_master).clone();
-  context_.world.all_gather(std::move(like_master), own, counts).wait();
+  context_.grid.replicas().all_gather(std::move(like_master), own, counts).wait();
 }
 
 void ShardUnit::gather_masters() {
   // Parameter by parameter: a whole unit (an embedding, say) need not exist twice.
-  for (const ShardedParameter& p : parameters_) gather_whole(p, p.master);
-}
-
-void ShardUnit::refresh_compute_copies() {
-  if (frees_storage() || context_.compute_dtype == at::kFloat) return;
-  const at::NoGradGuard no_grad;
-  for (const ShardedParameter& p : parameters_) raw_flat(p.parameter->value).copy_(p.master);
+  for (const ShardedParameter& p : parameters_) gather_replicas(p, p.master);
 }
 
 }  // namespace shardtune

@@ -6,22 +6,31 @@
 #include <ATen/core/Tensor.h>
 
 #include "distributed/parallel/block_layout.hpp"
+#include "distributed/parallel/rank_grid.hpp"
 #include "models/unit.hpp"
 
 namespace shardtune {
 
 struct ShardedParameter {
-  ShardedParameter(Parameter& source, int num_ranks, int own_rank)
-      : parameter(&source), layout(source.numel(), num_ranks), rank(own_rank) {}
+  ShardedParameter(Parameter& source, const RankGrid& grid)
+      : parameter(&source),
+        layout(source.numel(), grid.world().size()),
+        rank(grid.world().rank()),
+        num_replicas(grid.num_replicas()) {}
 
   Parameter* parameter;  // not owned: name, shape, is_norm, is_trainable, value
-  BlockLayout layout;    // over all ranks, the same for every plan
-  int rank;
-  // fp32, 1-d, contiguous. ddp: the whole parameter; zero3: this rank's slice (possibly empty).
+  BlockLayout layout;    // over the ranks of RankGrid::world(), the same for every plan
+  int rank;              // there
+  int num_replicas;
+  // fp32, 1-d, contiguous: this rank's shard, which is the whole parameter under ddp and may be empty otherwise.
   at::Tensor master;
   std::int64_t master_offset = 0;  // first element of `master` in the flat parameter
   // Cut like `master`, fp32. Defined between ParallelEngine::finish_step() and after_optimizer_step(), trainable only.
   at::Tensor gradient;
+
+  // Where a shard begins in the flat parameter, and its size: the slices of its replicas.
+  std::int64_t shard_begin(int shard) const noexcept { return layout.begin(shard * num_replicas); }
+  std::int64_t shard_numel(int shard) const noexcept { return shard_begin(shard + 1) - shard_begin(shard); }
 
   // The distinct slice of this rank: over all ranks these cover the flat parameter exactly once, under every plan.
   std::int64_t slice_offset() const noexcept { return layout.begin(rank); }

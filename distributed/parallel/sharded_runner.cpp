@@ -1,6 +1,7 @@
 #include "distributed/parallel/sharded_runner.hpp"
 
 #include <algorithm>
+#include <exception>
 #include <memory>
 #include <utility>
 
@@ -39,13 +40,31 @@ torch::autograd::edge_list edges_of(const Tensors& inputs) {
   return edges;
 }
 
-class UnitBackward : public torch::autograd::Node {
+// Keeps a unit unsharded for a scope; on the way out, also when its forward throws, it is resharded where asked.
+class UnshardedScope {
  public:
-  UnitBackward(ShardUnit& unit, const ShardedRunner::OnComplete& on_complete)
-      : unit_(unit), on_complete_(on_complete) {}
+  UnshardedScope(ShardUnit& unit, bool reshard) : unit_(unit), reshard_(reshard) { unit_.unshard(); }
+  ~UnshardedScope() {
+    if (reshard_ || std::uncaught_exceptions() > num_exceptions_) unit_.reshard();
+  }
+  UnshardedScope(const UnshardedScope&) = delete;
+  UnshardedScope& operator=(const UnshardedScope&) = delete;
+
+ private:
+  ShardUnit& unit_;
+  bool reshard_;
+  int num_exceptions_ = std::uncaught_exceptions();
+};
+
+}  // namespace
+
+class ShardedRunner::UnitBackward : public torch::autograd::Node {
+ public:
+  UnitBackward(ShardedRunner& runner, std::size_t index)
+      : runner_(runner), index_(index), unit_(*runner.entries_[index].unit) {}
 
   // inputs: detached leaves. Exactly one of outputs (inner graph) and forward (to recompute it) is kept.
-  void keep(Tensors inputs, Tensors outputs, UnitRunner::Forward forward) {
+  void keep(Tensors inputs, Tensors outputs, Forward forward) {
     inputs_ = std::move(inputs);
     outputs_ = std::move(outputs);
     forward_ = std::move(forward);
@@ -54,7 +73,8 @@ class UnitBackward : public torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override {
     check_internal(outputs_.empty() != !forward_, "UnitBackward: backward ran twice through one graph");
     {
-      const UnshardedScope unsharded(unit_);
+      const UnshardedScope unsharded(unit_, true);
+      runner_.prefetch_previous(index_);
       if (forward_) {
         const at::AutoGradMode grad_mode(true);
         outputs_ = forward_(inputs_);
@@ -75,7 +95,7 @@ class UnitBackward : public torch::autograd::Node {
       input_gradients.push_back(input.defined() && input.requires_grad() ? input.grad() : at::Tensor());
     }
     release_variables();
-    if (unit_.has_trainable()) on_complete_(unit_);
+    if (unit_.has_trainable()) runner_.on_complete_(unit_);
     return input_gradients;
   }
 
@@ -88,55 +108,78 @@ class UnitBackward : public torch::autograd::Node {
   std::string name() const override { return "UnitBackward(" + unit_.unit().name + ")"; }
 
  private:
+  ShardedRunner& runner_;
+  std::size_t index_;
   ShardUnit& unit_;
-  const ShardedRunner::OnComplete& on_complete_;
   Tensors inputs_;
   Tensors outputs_;
-  UnitRunner::Forward forward_;
+  Forward forward_;
 };
 
-}  // namespace
+ShardedRunner::ShardedRunner(Options options, OnComplete on_complete)
+    : options_(options), on_complete_(std::move(on_complete)) {}
 
-ShardedRunner::ShardedRunner(bool recompute, OnComplete on_complete)
-    : recompute_(recompute), on_complete_(std::move(on_complete)) {}
+void ShardedRunner::add_unit(ShardUnit& unit) {
+  index_of_.emplace(&unit.unit(), entries_.size());
+  entries_.push_back({.unit = &unit});
+}
 
-void ShardedRunner::add_unit(ShardUnit& unit) { units_.emplace(&unit.unit(), &unit); }
+void ShardedRunner::begin_micro_batch() {
+  for (Entry& entry : entries_) entry.has_node = false;
+}
+
+void ShardedRunner::prefetch_first() {
+  if (!entries_.empty()) entries_.front().unit->begin_unshard();
+}
+
+void ShardedRunner::prefetch_next(std::size_t index) {
+  if (index + 1 < entries_.size()) entries_[index + 1].unit->begin_unshard();
+}
+
+void ShardedRunner::prefetch_previous(std::size_t index) {
+  if (index > 0 && entries_[index - 1].has_node) entries_[index - 1].unit->begin_unshard();
+}
 
 Tensors ShardedRunner::run(Unit& unit, const Tensors& inputs, const Forward& forward) {
-  const auto found = units_.find(&unit);
-  if (found == units_.end()) {
+  const auto found = index_of_.find(&unit);
+  if (found == index_of_.end()) {
     fail(ErrorKind::internal, fmt::format("unit '{}' is not run by the engine (root units never are)", unit.name));
   }
-  ShardUnit& sharded = *found->second;
+  const std::size_t index = found->second;
+  Entry& entry = entries_[index];
   const bool needs_graph =
       at::GradMode::is_enabled() &&
-      (sharded.has_trainable() || std::any_of(inputs.begin(), inputs.end(), [](const at::Tensor& tensor) {
+      (entry.unit->has_trainable() || std::any_of(inputs.begin(), inputs.end(), [](const at::Tensor& tensor) {
          return tensor.defined() && tensor.requires_grad();
        }));
   if (!needs_graph) {
     const at::NoGradGuard no_grad;
-    const UnshardedScope unsharded(sharded);
+    const UnshardedScope unsharded(*entry.unit, true);
+    prefetch_next(index);
     return forward(inputs);
   }
-  if (!has_run_.insert(&unit).second) {
+  if (std::exchange(entry.has_node, true)) {
     fail(ErrorKind::internal, fmt::format("unit '{}' ran twice in one micro-batch", unit.name));
   }
-  std::shared_ptr<UnitBackward> node(new UnitBackward(sharded, on_complete_), torch::autograd::deleteNode);
+  std::shared_ptr<UnitBackward> node(new UnitBackward(*this, index), torch::autograd::deleteNode);
   node->set_next_edges(edges_of(inputs));
   Tensors inner_inputs = detach_all(inputs, true);
   Tensors inner_outputs;
   {
-    const UnshardedScope unsharded(sharded);
-    const at::AutoGradMode grad_mode(!recompute_);
+    const UnshardedScope unsharded(*entry.unit, options_.reshard_after_forward);
+    prefetch_next(index);
+    const at::AutoGradMode grad_mode(!options_.recompute);
     inner_outputs = forward(inner_inputs);
   }
+  // The last unit's weights are wanted again as soon as the loss is known.
+  if (index + 1 == entries_.size()) entry.unit->begin_unshard();
   Tensors outputs = detach_all(inner_outputs, false);
   for (at::Tensor& output : outputs) {
     // Each output takes one number of the node, also those without a gradient: apply() counts on equal positions.
     torch::autograd::set_history(is_differentiable(output) ? output : at::Tensor(), node);
   }
-  node->keep(std::move(inner_inputs), recompute_ ? Tensors() : std::move(inner_outputs),
-             recompute_ ? forward : Forward());
+  node->keep(std::move(inner_inputs), options_.recompute ? Tensors() : std::move(inner_outputs),
+             options_.recompute ? forward : Forward());
   return outputs;
 }
 

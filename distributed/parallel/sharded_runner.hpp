@@ -4,9 +4,10 @@
 //   backward: gather, recompute if need be, re-entrant backward through the inner graph, free, and only then report
 //             the unit complete: its .grad hold all of this micro-batch.
 // A unit is complete when its node's backward returns, not when hooks were counted. The root unit never comes here.
+// Before a unit computes, the gather of the one that comes after it is issued, so that it runs meanwhile.
 #include <functional>
 #include <map>
-#include <set>
+#include <vector>
 
 #include "distributed/parallel/shard_unit.hpp"
 #include "models/unit.hpp"
@@ -18,24 +19,38 @@ namespace shardtune {
 class ShardedRunner : public UnitRunner {
  public:
   using OnComplete = std::function<void(ShardUnit&)>;
+  struct Options {
+    bool recompute = false;              // keep only the inputs of units (gradient checkpointing)
+    bool reshard_after_forward = false;  // of the plan
+  };
 
-  // recompute: keep only the inputs of units (gradient checkpointing). on_complete is called from inside backward, for
-  // units with trainable parameters.
-  ShardedRunner(bool recompute, OnComplete on_complete);
+  // on_complete is called from inside backward, for units with trainable parameters.
+  ShardedRunner(Options options, OnComplete on_complete);
 
-  void add_unit(ShardUnit& unit);  // non-root; outlives the runner
-  void begin_micro_batch() { has_run_.clear(); }
+  void add_unit(ShardUnit& unit);  // non-root, in execution order; outlives the runner
+  void begin_micro_batch();
+  // Collective where the plan frees weights: issues the gather of the first unit.
+  void prefetch_first();
 
-  // zero3: collective over the ranks in forward and again in backward. Under grad mode a unit runs once per
-  // micro-batch. Error{internal} for a unit that was not added or that runs twice. Inputs and outputs may be undefined
-  // or not differentiable; outputs are new tensors outside of the inner graph.
+  // Plans that free weights: collective over the ranks in forward and again in backward. Under grad mode a unit runs
+  // once per micro-batch. Error{internal} for a unit that was not added or that runs twice. Inputs and outputs may be
+  // undefined or not differentiable; outputs are new tensors outside of the inner graph.
   Tensors run(Unit& unit, const Tensors& inputs, const Forward& forward) override;
 
  private:
-  bool recompute_;
+  class UnitBackward;
+  struct Entry {
+    ShardUnit* unit;
+    bool has_node = false;  // ran under grad mode in this micro-batch, so its backward will come
+  };
+
+  void prefetch_next(std::size_t index);
+  void prefetch_previous(std::size_t index);
+
+  Options options_;
   OnComplete on_complete_;
-  std::map<const Unit*, ShardUnit*> units_;
-  std::set<const Unit*> has_run_;
+  std::vector<Entry> entries_;  // in execution order
+  std::map<const Unit*, std::size_t> index_of_;
 };
 
 }  // namespace shardtune

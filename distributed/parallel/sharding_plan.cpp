@@ -19,32 +19,32 @@ constexpr std::array<ShardingPlan, 5> kPlans{{
      .shard_axis = self,
      .replicate_axis = world,
      .reshard_after_forward = false,
-     .reduce_every_microbatch = false,
-     .is_available = true},
+     .reshard_after_backward = false,
+     .reduce_every_microbatch = false},
     {.name = "zero1",
      .shard_axis = world,
      .replicate_axis = self,
      .reshard_after_forward = false,
-     .reduce_every_microbatch = false,
-     .is_available = false},
+     .reshard_after_backward = false,
+     .reduce_every_microbatch = false},
     {.name = "zero2",
      .shard_axis = world,
      .replicate_axis = self,
      .reshard_after_forward = false,
-     .reduce_every_microbatch = true,
-     .is_available = false},
+     .reshard_after_backward = false,
+     .reduce_every_microbatch = true},
     {.name = "zero3",
      .shard_axis = world,
      .replicate_axis = self,
      .reshard_after_forward = true,
-     .reduce_every_microbatch = true,
-     .is_available = true},
+     .reshard_after_backward = true,
+     .reduce_every_microbatch = true},
     {.name = "hsdp",
      .shard_axis = node,
      .replicate_axis = across_nodes,
      .reshard_after_forward = true,
-     .reduce_every_microbatch = true,
-     .is_available = false},
+     .reshard_after_backward = true,
+     .reduce_every_microbatch = true},
 }};
 
 // Levenshtein distance; names are a handful of characters.
@@ -61,6 +61,19 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
   return row.back();
 }
 
+std::vector<std::string> words_of(std::string_view text) {
+  std::vector<std::string> words(1);
+  for (const char c : text) {
+    if (c == ' ' || c == ',') {
+      words.emplace_back();
+    } else {
+      words.back() += c;
+    }
+  }
+  std::erase(words, "");
+  return words;
+}
+
 }  // namespace
 
 std::span<const ShardingPlan> sharding_plans() { return kPlans; }
@@ -75,11 +88,63 @@ const ShardingPlan& find_sharding_plan(std::string_view name) {
                                         "zero3, hsdp",
                                         name, nearest->name));
   }
-  if (!found->is_available) {
-    fail(ErrorKind::config,
-         fmt::format("sharding plan '{}' arrives with a later version; use ddp or zero3", found->name));
-  }
   return *found;
+}
+
+ShardingPlan resolve_sharding_plan(const PlanRequest& request) {
+  ShardingPlan plan = find_sharding_plan(request.name);
+  if (request.hsdp_shard_size != 0 && plan.shard_axis != node) {
+    fail(ErrorKind::config, fmt::format("--hsdp_shard_size = {} needs --sharding hsdp, but the plan is {}; choose hsdp "
+                                        "or leave the option out",
+                                        request.hsdp_shard_size, plan.name));
+  }
+  if (!request.reshard_after_forward) return plan;
+  if (!plan.reshard_after_backward) {
+    fail(ErrorKind::config, fmt::format("--reshard_after_forward = {}: {} never frees weights; use zero3 or hsdp, or "
+                                        "leave the option out",
+                                        *request.reshard_after_forward, plan.name));
+  }
+  plan.reshard_after_forward = *request.reshard_after_forward;
+  return plan;
+}
+
+PlanRequest plan_from_fsdp(std::string_view fsdp) {
+  struct Row {
+    std::string_view word;
+    PlanRequest request;
+  };
+  // shard_grad_op and hybrid_shard_zero2 keep the weights between forward and backward and shard them otherwise.
+  const std::array<Row, 5> rows{{{"full_shard", {.name = "zero3"}},
+                                 {"shard_grad_op", {.name = "zero3", .reshard_after_forward = false}},
+                                 {"no_shard", {.name = "ddp"}},
+                                 {"hybrid_shard", {.name = "hsdp"}},
+                                 {"hybrid_shard_zero2", {.name = "hsdp", .reshard_after_forward = false}}}};
+  const Row* chosen = nullptr;
+  for (const std::string& word : words_of(fsdp)) {
+    if (word == "auto_wrap") continue;
+    if (word == "offload") {
+      fail(ErrorKind::config, fmt::format("--fsdp = '{}': offload is not supported; leave it out, zero3 with "
+                                          "--gradient_checkpointing needs the least memory",
+                                          fsdp));
+    }
+    const auto* const row = std::find_if(rows.begin(), rows.end(), [&](const Row& r) { return r.word == word; });
+    if (row == rows.end()) {
+      fail(ErrorKind::config, fmt::format("--fsdp = '{}': '{}' is unknown; use full_shard, shard_grad_op, no_shard, "
+                                          "hybrid_shard or hybrid_shard_zero2, with or without auto_wrap",
+                                          fsdp, word));
+    }
+    if (chosen != nullptr && chosen != row) {
+      fail(ErrorKind::config, fmt::format("--fsdp = '{}': {} and {} contradict each other; give one strategy", fsdp,
+                                          chosen->word, row->word));
+    }
+    chosen = row;
+  }
+  if (chosen == nullptr) {
+    fail(ErrorKind::config, fmt::format("--fsdp = '{}' names no strategy; use full_shard, shard_grad_op, no_shard, "
+                                        "hybrid_shard or hybrid_shard_zero2",
+                                        fsdp));
+  }
+  return chosen->request;
 }
 
 }  // namespace shardtune

@@ -2,44 +2,29 @@
 // Sums the gradients of a step's micro-batches over ranks in the canonical tree (tree_accumulator.hpp), so that the
 // result has the same bits for any number of ranks and any plan. Slices travel to their owners by all_to_all; the owner
 // merges siblings.
-//   plans that reduce every micro-batch: each round's leaves go to the owners at once, which keep shard-sized partials;
-//   plans that reduce once: a rank sums its contiguous range of micro-batches into aligned subtrees, exchanged at the
-//   end.
+//   over the shards of a replica: plans that reduce every micro-batch send each round's leaves at once and keep
+//     shard-sized partial sums; plans that reduce once send the aligned subtrees of a rank's range after its last one;
+//   over the replicas of a shard: the aligned subtrees of each replica's range, once a step;
+//   then every replica gathers the finished slices of its shard.
+// An axis of size one needs no exchange. Communication is issued and waited for later, see finish().
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <map>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
+#include "distributed/parallel/round_schedule.hpp"
 #include "distributed/parallel/shard_unit.hpp"
 #include "distributed/parallel/tree_accumulator.hpp"
 
 namespace shardtune {
 
-// Which micro-batch a rank has in which round. Pure functions of (plan, number of ranks, V).
-class RoundSchedule {
- public:
-  RoundSchedule(const ShardingPlan& plan, int num_ranks, std::int64_t num_micro_batches);  // Error{internal} for V < 1
-
-  std::int64_t num_micro_batches() const noexcept { return num_micro_batches_; }
-  std::int64_t num_rounds() const noexcept;  // ceil(V / ranks) under every plan
-  // -1: this rank has none in this round.
-  std::int64_t micro_batch(int rank, std::int64_t round) const noexcept;
-  // Reduce-once plans: rank r has the contiguous range [r * V / N, (r + 1) * V / N).
-  std::pair<std::int64_t, std::int64_t> range(int rank) const noexcept;
-
- private:
-  bool is_dealt_per_round_;
-  std::int64_t num_ranks_;
-  std::int64_t num_micro_batches_;
-};
-
 // Test seam: sees (and may spoil) what leaves this rank for the owners.
 using GradientProbe = std::function<void(const std::string& unit_name, at::Tensor packed)>;
 
-// Not thread-safe.
+// Not thread-safe. Collective calls: every rank makes them for the same units in the same order.
 class TreeReducer {
  public:
   TreeReducer(const ShardContext& context, GradientProbe probe);
@@ -47,28 +32,55 @@ class TreeReducer {
   // Local. Forgets everything of an earlier step.
   void begin_step(const RoundSchedule& schedule);
   // Takes the unit's .grad as the leaf of this rank's micro-batch in `round`; a rank without one contributes nothing
-  // and its .grad is discarded. Collective when the plan reduces every micro-batch: every rank calls it for every unit
-  // with trainable parameters, in the same order, once per round.
+  // and its .grad is discarded. Collective when the plan reduces every micro-batch: for every unit with trainable
+  // parameters once per round. Waits for the exchange that the add() before issued.
   void add(ShardUnit& unit, std::int64_t round);
-  // Collective, once per unit after the last round, in the same order on all ranks: sets ShardedParameter::gradient.
+  // Collective, once per unit after its last add(). Starts the unit's way to ShardedParameter::gradient and moves the
+  // units before it one stage on, so that their communication had the time since the last call to run.
   void finish(ShardUnit& unit);
+  void finish_all();  // collective; completes every unit given to finish()
 
  private:
-  struct UnitSums {
-    TreeAccumulator local;  // reduce-once plans: this rank's range, packed for all owners
-    TreeAccumulator owned;  // this rank's slices
+  struct Exchange {
+    Work work;
+    at::Tensor out;               // the received parts, in rank order
+    std::vector<TreeNode> nodes;  // what they are
+    TreeAccumulator* into;
+    std::int64_t num_bytes;  // sent and received
   };
-  using Contributions = std::vector<std::optional<TreeNode>>;  // per rank: which node it sends now, if any
+  struct UnitSums {
+    explicit UnitSums(std::int64_t leaves) : local(leaves), shard(leaves), owned(leaves) {}
+    TreeAccumulator local;  // reduce-once plans with several shards: this rank's range, packed for all
+    TreeAccumulator shard;  // this rank's shard, over the replica's micro-batches
+    TreeAccumulator owned;  // this rank's slice, over all micro-batches
+    std::vector<Exchange> exchanges;
+    int stage = 0;
+  };
+  using Contributions = std::vector<std::optional<TreeNode>>;  // per rank of an axis: the node it sends, if any
+  struct Axis {
+    Communicator& ranks;
+    std::vector<std::int64_t> counts;  // elements that go to each
+    std::vector<RoundSchedule::Range> ranges;
+  };
 
   UnitSums& sums(ShardUnit& unit);
-  // Collective. `packed` is undefined exactly where contributions[own rank] is empty.
-  void exchange(ShardUnit& unit, const at::Tensor& packed, const Contributions& contributions);
+  Axis shard_axis(const ShardUnit& unit) const;
+  Axis replica_axis(const ShardUnit& unit) const;
+  // `packed` is undefined exactly where contributions[own rank] is empty.
+  void issue(UnitSums& sums, TreeAccumulator& into, const Axis& axis, const at::Tensor& packed,
+             const Contributions& contributions);
+  void issue_subtrees(UnitSums& sums, TreeAccumulator& from, TreeAccumulator& into, const Axis& axis);
+  void merge(UnitSums& sums);
+  // Runs the unit's stages until something is under way (true) or the unit has its gradient (false).
+  bool advance(ShardUnit& unit);
   void count_partials();
 
   ShardContext context_;
   GradientProbe probe_;
   std::optional<RoundSchedule> schedule_;
   std::map<const ShardUnit*, UnitSums> sums_;  // looked up by unit only, never iterated for order
+  UnitSums* under_way_ = nullptr;              // of the last add()
+  std::deque<ShardUnit*> finishing_;
 };
 
 }  // namespace shardtune

@@ -61,9 +61,9 @@ TEST_P(Memory, UnderZero3AUnitsWeightsExistOnlyWhileItRuns) {
 
 INSTANTIATE_TEST_SUITE_P(Checkpointing, Memory, testing::Bool());
 
-TEST(Memory, MastersAreCutUnderZero3AndWholeUnderDdp) {
-  for (const char* plan : {"ddp", "zero3"}) {
-    const ToyRun run{.plan = plan, .num_ranks = 3};
+TEST(Memory, MastersAreCutUnderEveryPlanButDdpAndOneFp32CopyServesBothPurposes) {
+  for (const std::string& plan : all_plans()) {
+    const ToyRun run{.plan = plan, .num_ranks = 4};
     std::atomic<std::int64_t> total = 0;
     std::int64_t model_bytes = 0;
     Model model(run.frozen);
@@ -71,16 +71,18 @@ TEST(Memory, MastersAreCutUnderZero3AndWholeUnderDdp) {
     run_thread_ranks(run.num_ranks, [&](Communicator& world) {
       at::set_num_threads(1);
       const Rank rank(run, world);
-      total += rank.engine.memory().masters.current();
-      // In fp32 under ddp the model computes with the masters themselves.
-      EXPECT_EQ(rank.engine.memory().compute.current(), 0);
+      const MemoryUse& held = rank.engine.memory();
+      total += held.masters.current();
+      const bool frees = rank.engine.plan().reshard_after_backward;
+      EXPECT_EQ(held.compute.current(), frees ? 0 : model_bytes - held.masters.current()) << plan;
     });
-    EXPECT_EQ(total, std::string(plan) == "ddp" ? 3 * model_bytes : model_bytes);
+    const int copies = plan == "ddp" ? 4 : plan.starts_with("hsdp") ? 2 : 1;
+    EXPECT_EQ(total, copies * model_bytes) << plan;
   }
 }
 
 TEST(Memory, NothingOfAStepStaysBehind) {
-  for (const char* plan : {"ddp", "zero3"}) {
+  for (const std::string& plan : all_plans()) {
     for (const bool checkpointing : {false, true}) {
       const ToyRun run{.frozen = Frozen::embeddings,
                        .plan = plan,
@@ -128,7 +130,7 @@ TEST(Evaluation, UnequalNumbersOfBatchesGiveThePlainLosses) {
   std::vector<float> wanted;
   for (std::int64_t i = 0; i < kBatches; ++i)
     wanted.push_back(plain.loss(make_batch(0, i), plain_runner).item<float>());
-  for (const char* plan : {"ddp", "zero3"}) {
+  for (const std::string& plan : all_plans()) {
     for (const int ranks : {1, 2, 3, 4}) {
       const ToyRun run{.frozen = Frozen::positions, .plan = plan, .checkpointing = true, .num_ranks = ranks};
       std::atomic<int> num_losses = 0;
@@ -153,7 +155,7 @@ TEST(Evaluation, UnequalNumbersOfBatchesGiveThePlainLosses) {
 }
 
 TEST(Engine, AUnitTheLossDoesNotDependOnHasZeroGradients) {
-  for (const char* plan : {"ddp", "zero3"}) {
+  for (const std::string& plan : all_plans()) {
     const ToyRun run{.plan = plan, .num_ranks = 2, .num_micro_batches = 3};
     run_thread_ranks(run.num_ranks, [&](Communicator& world) {
       at::set_num_threads(1);
@@ -173,7 +175,7 @@ TEST(Engine, AUnitTheLossDoesNotDependOnHasZeroGradients) {
 }
 
 TEST(Engine, OptimizerStateIsMadeWholeWhereMastersAre) {
-  for (const char* plan : {"ddp", "zero3"}) {
+  for (const std::string& plan : all_plans()) {
     const ToyRun run{.plan = plan, .num_ranks = 3};
     run_thread_ranks(run.num_ranks, [&](Communicator& world) {
       at::set_num_threads(1);
@@ -193,13 +195,13 @@ TEST(Engine, OptimizerStateIsMadeWholeWhereMastersAre) {
 }
 
 TEST(Engine, EveryWeightStartsOnA64ByteBoundaryAndIsALeafInTheComputeDtype) {
-  for (const char* plan : {"ddp", "zero3"}) {
+  for (const std::string& plan : all_plans()) {
     for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
       const auto world = make_self_communicator();
       Rank rank({.frozen = Frozen::positions, .plan = plan, .dtype = dtype}, *world);
       const EvaluationScope scope(rank.engine);
       for (const auto& unit : rank.engine.units()) {
-        const UnshardedScope unsharded(*unit);
+        unit->unshard();
         for (const Parameter* p : unit->unit().parameters) {
           EXPECT_EQ(reinterpret_cast<std::uintptr_t>(p->value.const_data_ptr()) % 64, 0U) << p->name;
           EXPECT_EQ(p->value.scalar_type(), dtype);
@@ -207,19 +209,20 @@ TEST(Engine, EveryWeightStartsOnA64ByteBoundaryAndIsALeafInTheComputeDtype) {
           EXPECT_EQ(p->value.requires_grad(), p->is_trainable);
           EXPECT_TRUE(at::equal(p->value, initial_weight(*p).to(dtype))) << p->name;
         }
+        unit->reshard();
       }
     }
   }
 }
 
 TEST(Engine, AbandonedStepLeavesNoTraceInTheNext) {
-  const Tensors wanted = reference_gradients(Frozen::nothing, at::kFloat, 3);
-  for (const char* plan : {"ddp", "zero3"}) {
-    const ToyRun run{.plan = plan, .num_ranks = 2, .num_micro_batches = 3};
+  const Tensors wanted = reference_gradients(Frozen::nothing, at::kFloat, 5);
+  for (const std::string& plan : all_plans()) {
+    const ToyRun run{.plan = plan, .num_ranks = 2, .num_micro_batches = 5};
     run_thread_ranks(run.num_ranks, [&](Communicator& world) {
       at::set_num_threads(1);
       Rank rank(run, world);
-      rank.engine.begin_step(3);
+      rank.engine.begin_step(5);
       rank.engine.begin_micro_batch(0);
       rank.engine.backward(rank.model.loss(make_batch(9, 9), rank.engine.runner()));
       run_micro_batches(rank, run, 0);
@@ -249,7 +252,7 @@ TEST(Engine, ScalingMultipliesEveryGradientAndTheNorm) {
 }
 
 TEST(Engine, EveryMicroBatchLeavesFromExactlyOneRank) {
-  for (const char* plan : {"ddp", "zero3"}) {
+  for (const std::string& plan : all_plans()) {
     std::atomic<int> num_leaves = 0;
     ToyRun run{.plan = plan, .num_ranks = 4, .num_micro_batches = 7};
     run.make_probe = [&](int) -> GradientProbe {
@@ -281,7 +284,10 @@ TEST(Engine, RefusesWhatItCannotHonour) {
               ParallelEngine(model.units(), *world, {.plan = find_sharding_plan("ddp"), .compute_dtype = at::kHalf});
             }),
             ErrorKind::config);
-  EXPECT_EQ(kind_of([&] { ParallelEngine(model.units(), *world, {.plan = sharding_plans()[1]}); }), ErrorKind::config);
+  EXPECT_EQ(kind_of([&] {
+              ParallelEngine(model.units(), *world, {.plan = find_sharding_plan("hsdp"), .hsdp_shard_size = 2});
+            }),
+            ErrorKind::config);
 }
 
 TEST(Engine, CallsOutOfOrderAreOurBugAndSaySo) {

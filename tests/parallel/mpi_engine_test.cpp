@@ -24,7 +24,7 @@ TEST(MpiEngine, GradientsHaveTheBitsOfThePlainRun) {
   for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
     for (const std::int64_t v : {1, 2, 5}) {
       const Tensors wanted = reference_gradients(Frozen::positions, dtype, v);
-      for (const char* plan : {"ddp", "zero3"}) {
+      for (const std::string& plan : all_plans()) {
         const ToyRun run{.frozen = Frozen::positions,
                          .plan = plan,
                          .dtype = dtype,
@@ -50,7 +50,7 @@ TEST(MpiEngine, FinalWeightsHaveTheBitsOfOneRankAlone) {
   double wanted_norm = 0.0;
   const Tensors wanted = train(run, &wanted_norm);
   run.num_ranks = mpi_world().size();
-  for (const char* plan : {"ddp", "zero3"}) {
+  for (const std::string& plan : all_plans()) {
     run.plan = plan;
     run.checkpointing = run.plan == "zero3";
     int num_compared = 0;

@@ -1,6 +1,8 @@
 // Block layout, canonical tree, round schedule, plan table, decay groups, norms: the parts that need no second rank.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <functional>
 #include <map>
 #include <set>
 
@@ -9,11 +11,13 @@
 
 #include "core/error.hpp"
 #include "core/rng.hpp"
+#include "distributed/comm/thread_group.hpp"
 #include "distributed/parallel/block_layout.hpp"
 #include "distributed/parallel/gradient_norm.hpp"
+#include "distributed/parallel/rank_grid.hpp"
+#include "distributed/parallel/round_schedule.hpp"
 #include "distributed/parallel/sharding_plan.hpp"
 #include "distributed/parallel/tree_accumulator.hpp"
-#include "distributed/parallel/tree_reducer.hpp"
 
 namespace shardtune {
 namespace {
@@ -124,43 +128,116 @@ TEST(TreeAccumulator, RefusesWhatIsNoPartOfTheTree) {
   EXPECT_THROW(tree.take_root(), Error);
 }
 
-TEST(RoundSchedule, EveryMicroBatchIsDealtOnceUnderEveryPlan) {
-  for (const char* name : {"ddp", "zero3"}) {
-    for (const int ranks : {1, 2, 3, 4, 7}) {
-      for (const std::int64_t v : {1, 2, 3, 5, 7, 8, 12}) {
-        const RoundSchedule schedule(find_sharding_plan(name), ranks, v);
-        EXPECT_EQ(schedule.num_rounds(), (v + ranks - 1) / ranks);
-        std::multiset<std::int64_t> dealt;
-        for (int rank = 0; rank < ranks; ++rank) {
-          for (std::int64_t round = 0; round < schedule.num_rounds(); ++round) {
-            if (schedule.micro_batch(rank, round) >= 0) dealt.insert(schedule.micro_batch(rank, round));
+TEST(RoundSchedule, EveryMicroBatchIsDealtOnceUnderEveryPlanAndGrid) {
+  int num_checked = 0;
+  for (const ShardingPlan& plan : sharding_plans()) {
+    for (const int shards : {1, 2, 3, 4, 7}) {
+      for (const int replicas : {1, 2, 3}) {
+        for (const std::int64_t v : {1, 2, 3, 5, 7, 8, 12}) {
+          const RoundSchedule schedule(plan, {shards, replicas}, v);
+          const int ranks = shards * replicas;
+          EXPECT_EQ(schedule.num_rounds(), (v + ranks - 1) / ranks);
+          std::multiset<std::int64_t> dealt;
+          for (int rank = 0; rank < ranks; ++rank) {
+            const auto [begin, end] = schedule.range_of_replica(rank % replicas);
+            for (std::int64_t round = 0; round < schedule.num_rounds(); ++round) {
+              const std::int64_t index = schedule.micro_batch(rank, round);
+              if (index < 0) continue;
+              EXPECT_TRUE(begin <= index && index < end);
+              dealt.insert(index);
+            }
           }
+          EXPECT_EQ(dealt.size(), static_cast<std::size_t>(v));
+          for (std::int64_t i = 0; i < v; ++i) EXPECT_EQ(dealt.count(i), 1U);
+          ++num_checked;
         }
-        EXPECT_EQ(dealt.size(), static_cast<std::size_t>(v));
-        for (std::int64_t i = 0; i < v; ++i) EXPECT_EQ(dealt.count(i), 1U);
       }
     }
   }
+  EXPECT_EQ(num_checked, 5 * 5 * 3 * 7);
 }
 
-std::string message_of_plan(const char* name) {
+std::string message_of(const std::function<void()>& call) {
   try {
-    find_sharding_plan(name);
+    call();
   } catch (const Error& error) {
     EXPECT_EQ(error.kind(), ErrorKind::config);
     return error.what();
   }
+  ADD_FAILURE() << "nothing was thrown";
   return "";
 }
 
-TEST(ShardingPlan, TableHoldsFiveRowsAndOnlyWorkingPlansAreFound) {
+std::string message_of_plan(const char* name) {
+  return message_of([&] { find_sharding_plan(name); });
+}
+
+TEST(ShardingPlan, TableHoldsFiveRows) {
   EXPECT_EQ(sharding_plans().size(), 5U);
-  EXPECT_EQ(find_sharding_plan("ddp").name, "ddp");
-  EXPECT_EQ(find_sharding_plan("zero3").name, "zero3");
-  for (const char* later : {"zero1", "zero2", "hsdp"}) {
-    EXPECT_NE(message_of_plan(later).find("arrives with a later version; use ddp or zero3"), std::string::npos);
-    EXPECT_NE(message_of_plan(later).find(later), std::string::npos);
-  }
+  for (const char* name : {"ddp", "zero1", "zero2", "zero3", "hsdp"}) EXPECT_EQ(find_sharding_plan(name).name, name);
+}
+
+TEST(ShardingPlan, SettingsThatThePlanCannotHonourAreRefusedByName) {
+  EXPECT_FALSE(resolve_sharding_plan({.name = "zero3", .reshard_after_forward = false}).reshard_after_forward);
+  EXPECT_TRUE(resolve_sharding_plan({.name = "hsdp", .hsdp_shard_size = 4}).reshard_after_forward);
+  EXPECT_NE(message_of([] { resolve_sharding_plan({.name = "zero2", .reshard_after_forward = false}); })
+                .find("--reshard_after_forward = false: zero2 never frees"),
+            std::string::npos);
+  EXPECT_NE(message_of([] { resolve_sharding_plan({.name = "zero3", .hsdp_shard_size = 4}); })
+                .find("--hsdp_shard_size = 4 needs --sharding hsdp"),
+            std::string::npos);
+}
+
+TEST(ShardingPlan, SpellingsOfHuggingFaceAreMappedOrRefusedByName) {
+  const auto check = [](const char* fsdp, const char* name, std::optional<bool> reshard) {
+    const PlanRequest request = plan_from_fsdp(fsdp);
+    EXPECT_EQ(request.name, name) << fsdp;
+    EXPECT_EQ(request.reshard_after_forward, reshard) << fsdp;
+    resolve_sharding_plan(request);
+  };
+  check("full_shard auto_wrap", "zero3", {});
+  check("auto_wrap,full_shard", "zero3", {});
+  check("full_shard", "zero3", {});
+  check("shard_grad_op auto_wrap", "zero3", false);
+  check("no_shard", "ddp", {});
+  check("hybrid_shard auto_wrap", "hsdp", {});
+  check("hybrid_shard_zero2", "hsdp", false);
+  const auto message = [](const char* fsdp) { return message_of([&] { plan_from_fsdp(fsdp); }); };
+  EXPECT_NE(message("full_shard offload").find("offload is not supported"), std::string::npos);
+  EXPECT_NE(message("full_shard shard_grad_op").find("contradict"), std::string::npos);
+  EXPECT_NE(message("auto_wrap").find("names no strategy"), std::string::npos);
+  EXPECT_NE(message("").find("names no strategy"), std::string::npos);
+  EXPECT_NE(message("zero3").find("'zero3' is unknown"), std::string::npos);
+}
+
+TEST(RankGrid, ReplicasOfAShardAreNeighboursAndShardsStayOnTheNode) {
+  run_thread_ranks(6, [](Communicator& world) {
+    const RankGrid grid(world, find_sharding_plan("hsdp"), 3);
+    EXPECT_EQ(grid.num_shards(), 3);
+    EXPECT_EQ(grid.num_replicas(), 2);
+    EXPECT_EQ(grid.shard(), world.rank() % 3);
+    EXPECT_EQ(grid.replica(), world.rank() / 3);
+    EXPECT_EQ(grid.world().rank(), grid.shard() * 2 + grid.replica());
+  });
+  EXPECT_NE(message_of([] {
+              run_thread_ranks(6, [](Communicator& world) { RankGrid(world, find_sharding_plan("hsdp"), 4); });
+            }).find("--hsdp_shard_size = 4 does not divide the 6 ranks"),
+            std::string::npos);
+}
+
+TEST(RankGrid, TheRanksOfANodeAreCountedOrRefused) {
+  const auto size_with = [](const std::vector<std::string>& hosts) {
+    std::atomic<int> size = 0;
+    run_thread_ranks(static_cast<int>(hosts.size()), [&](Communicator& world) {
+      size = ranks_per_node(world, hosts[static_cast<std::size_t>(world.rank())]);
+    });
+    return size.load();
+  };
+  EXPECT_EQ(size_with({"a", "a", "b", "b", "c", "c"}), 2);
+  EXPECT_EQ(size_with({"a", "a", "a"}), 3);
+  EXPECT_EQ(size_with({"a", "b"}), 1);
+  EXPECT_NE(message_of([&] { size_with({"a", "a", "b"}); }).find("rank 2 of host b"), std::string::npos);
+  EXPECT_NE(message_of([&] { size_with({"a", "b", "a", "b"}); }).find("rank 1 of host b"), std::string::npos);
 }
 
 TEST(ShardingPlan, UnknownNamesSuggestTheNearest) {

@@ -107,8 +107,7 @@ void compare_on_rank(const Architecture& architecture, const toy::ToyRun& run, C
   at::set_num_threads(1);
   const std::unique_ptr<Model> model = make(architecture);
   ParallelEngine engine(
-      model->units(), world,
-      {.plan = find_sharding_plan(run.plan), .compute_dtype = run.dtype, .gradient_checkpointing = run.checkpointing});
+      model->units(), world, toy::parallel_options(run, world.size()));
   for (ShardedParameter* p : engine.parameters()) {
     initialize_slice(*p->parameter, kSeed, p->slice_offset(), p->slice_of(p->master));
   }
@@ -139,7 +138,7 @@ TEST_P(RealModels, GradientsHaveTheBitsOfThePlainRun) {
   double magnitude = 0.0;
   for (const auto& [name, gradient] : wanted) magnitude += gradient.abs().sum().item<double>();
   ASSERT_GT(magnitude, 0.1);
-  for (const char* plan : {"ddp", "zero3"}) {
+  for (const std::string& plan : toy::all_plans()) {
     for (const bool checkpointing : {false, true}) {
       for (const int ranks : {1, 2, 4}) {
         const toy::ToyRun run{.plan = plan,

@@ -18,10 +18,10 @@ class Spike : public testing::TestWithParam<Case> {};
 TEST_P(Spike, GradientsHaveTheBitsOfThePlainRunUnderEveryPlanAndRankCount) {
   at::set_num_threads(1);
   int num_checked = 0;
-  for (const std::int64_t v : {1, 2, 3, 5, 7}) {
+  for (const std::int64_t v : {1, 3, 7}) {
     const Tensors wanted = reference_gradients(GetParam().frozen, GetParam().dtype, v);
     ASSERT_FALSE(wanted.empty());
-    for (const char* plan : {"ddp", "zero3"}) {
+    for (const std::string& plan : all_plans()) {
       for (const bool checkpointing : {false, true}) {
         for (const int ranks : {1, 2, 3, 4}) {
           const ToyRun run{.frozen = GetParam().frozen,
@@ -36,7 +36,7 @@ TEST_P(Spike, GradientsHaveTheBitsOfThePlainRunUnderEveryPlanAndRankCount) {
       }
     }
   }
-  EXPECT_EQ(num_checked, 5 * 2 * 2 * 4);
+  EXPECT_EQ(num_checked, 3 * 7 * 2 * 4);
 }
 
 std::string name_of(const testing::TestParamInfo<Case>& info) {
@@ -61,7 +61,7 @@ GradientProbe on_rank(int rank, int culprit, GradientProbe probe) {
 TEST(PlantedBug, ADroppedSliceTurnsTheComparisonRed) {
   at::set_num_threads(1);
   const Tensors wanted = reference_gradients(Frozen::positions, at::kFloat, 3);
-  for (const char* plan : {"ddp", "zero3"}) {
+  for (const std::string& plan : all_plans()) {
     ToyRun run{
         .frozen = Frozen::positions, .plan = plan, .checkpointing = true, .num_ranks = 3, .num_micro_batches = 3};
     run.make_probe = [](int rank) {
@@ -78,7 +78,7 @@ TEST(PlantedBug, ADroppedSliceTurnsTheComparisonRed) {
 TEST(PlantedBug, AWrongScaleTurnsTheComparisonRed) {
   at::set_num_threads(1);
   const Tensors wanted = reference_gradients(Frozen::positions, at::kBFloat16, 2);
-  for (const char* plan : {"ddp", "zero3"}) {
+  for (const std::string& plan : all_plans()) {
     ToyRun run{
         .frozen = Frozen::positions, .plan = plan, .dtype = at::kBFloat16, .num_ranks = 2, .num_micro_batches = 2};
     run.make_probe = [](int rank) {
@@ -103,7 +103,7 @@ TEST(Training, FinalWeightsHaveTheSameBitsUnderEveryPlanAndRankCount) {
       double base_norm = 0.0;
       const Tensors wanted = train(base, &base_norm);
       EXPECT_GT(base_norm, 1.0) << "clipping must be at work";
-      for (const char* plan : {"ddp", "zero3"}) {
+      for (const std::string& plan : all_plans()) {
         for (const int ranks : {1, 2, 3, 4}) {
           ToyRun run = base;
           run.plan = plan;

@@ -50,6 +50,11 @@ void optimizer_step(Rank& rank, const ToyRun& run, std::vector<AdamWSlice>& stat
   }
 }
 
+ParallelOptions with_probe(ParallelOptions options, const ToyRun& run, int rank) {
+  if (run.make_probe) options.probe = run.make_probe(rank);
+  return options;
+}
+
 }  // namespace
 
 std::string ToyRun::describe() const {
@@ -57,13 +62,24 @@ std::string ToyRun::describe() const {
                      checkpointing ? "recomputed" : "kept", fmt::format(" frozen {}", static_cast<int>(frozen)));
 }
 
+std::vector<std::string> all_plans() { return {"ddp", "zero1", "zero2", "zero3", "zero3_kept", "hsdp", "hsdp_kept"}; }
+
+ParallelOptions parallel_options(const ToyRun& run, int num_ranks) {
+  PlanRequest request{.name = run.plan};
+  if (request.name.ends_with("_kept")) {
+    request.name.resize(request.name.size() - 5);
+    request.reshard_after_forward = false;
+  }
+  if (request.name == "hsdp") request.hsdp_shard_size = num_ranks % 2 == 0 ? num_ranks / 2 : num_ranks;
+  return {.plan = resolve_sharding_plan(request),
+          .hsdp_shard_size = request.hsdp_shard_size,
+          .compute_dtype = run.dtype,
+          .gradient_checkpointing = run.checkpointing};
+}
+
 Rank::Rank(const ToyRun& run, Communicator& world)
     : model(run.frozen),
-      engine(model.units(), world,
-             {.plan = find_sharding_plan(run.plan),
-              .compute_dtype = run.dtype,
-              .gradient_checkpointing = run.checkpointing,
-              .probe = run.make_probe ? run.make_probe(world.rank()) : GradientProbe()}) {
+      engine(model.units(), world, with_probe(parallel_options(run, world.size()), run, world.rank())) {
   for (ShardedParameter* p : engine.parameters()) {
     p->master.fill_(std::numeric_limits<float>::quiet_NaN());
     p->slice_of(p->master).copy_(

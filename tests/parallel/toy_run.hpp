@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "distributed/comm/communicator.hpp"
 #include "distributed/parallel/parallel_engine.hpp"
@@ -12,7 +13,7 @@ namespace shardtune::toy {
 
 struct ToyRun {
   Frozen frozen = Frozen::nothing;
-  std::string plan = "zero3";
+  std::string plan = "zero3";  // a plan's name, or "zero3_kept", "hsdp_kept": reshard_after_forward off
   at::ScalarType dtype = at::kFloat;
   bool checkpointing = false;
   int num_ranks = 1;
@@ -24,6 +25,10 @@ struct ToyRun {
   std::function<GradientProbe(int rank)> make_probe = {};
   std::string describe() const;
 };
+
+// Every plan and variant, as ToyRun::plan takes them. hsdp makes two replicas where the number of ranks is even.
+std::vector<std::string> all_plans();
+ParallelOptions parallel_options(const ToyRun& run, int num_ranks);
 
 // A rank's model and engine with the initial weights loaded; only this rank's distinct slices are ever written.
 struct Rank {
