@@ -1,11 +1,13 @@
 #include "kernels/adamw.hpp"
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
 #include <ATen/Parallel.h>
 
 #include "core/error.hpp"
+#include "core/rng.hpp"
 #include "kernels/instruction_set.hpp"
 
 namespace shardtune {
@@ -21,14 +23,45 @@ struct Factors {  // of one step, rounded to fp32 as ATen rounds its scalars
   float sqrt_correction2;
   float eps;
   float grad_scale;
+  std::uint32_t rounding;  // of (key, step)
 };
 
+template <class Moment>
 struct Pointers {
   float* __restrict param;
-  float* __restrict exp_avg;
-  float* __restrict exp_avg_sq;
+  Moment* __restrict exp_avg;
+  Moment* __restrict exp_avg_sq;
   const float* __restrict grad;
+  std::uint32_t first_index;
 };
+
+// Moments in memory: float, or the upper half of one.
+using Half = std::uint16_t;
+
+[[gnu::always_inline]] inline float load(float value) { return value; }
+[[gnu::always_inline]] inline float load(Half value) { return std::bit_cast<float>(std::uint32_t{value} << 16); }
+
+// Adds less than one unit of the upper half and cuts. Infinity and NaN pass unchanged (or as infinity).
+[[gnu::always_inline]] inline Half upper_half(float value, std::uint32_t addend) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  const bool is_finite = (bits & 0x7F800000U) != 0x7F800000U;
+  return static_cast<Half>((is_finite ? bits + addend : bits) >> 16);
+}
+[[gnu::always_inline]] inline void store_nearest(float* to, float value) { *to = value; }
+[[gnu::always_inline]] inline void store_nearest(Half* to, float value) {
+  *to = upper_half(value, 0x7FFFU + ((std::bit_cast<std::uint32_t>(value) >> 16) & 1U));
+}
+[[gnu::always_inline]] inline void store_random(float* to, float value, std::uint32_t /*index*/,
+                                                std::uint32_t /*key*/) {
+  *to = value;
+}
+// The finalizer of MurmurHash3 (Appleby) as a counter-based generator.
+[[gnu::always_inline]] inline void store_random(Half* to, float value, std::uint32_t index, std::uint32_t key) {
+  std::uint32_t h = index * 0x9E3779B9U + key;
+  h = (h ^ (h >> 16)) * 0x85EBCA6BU;
+  h = (h ^ (h >> 13)) * 0xC2B2AE35U;
+  *to = upper_half(value, h >> 16);
+}
 
 Factors make_factors(const AdamWOptions& o) {
   const auto t = static_cast<double>(o.step);
@@ -44,66 +77,82 @@ Factors make_factors(const AdamWOptions& o) {
   f.sqrt_correction2 = static_cast<float>(std::sqrt(correction2));
   f.eps = static_cast<float>(o.eps);
   f.grad_scale = static_cast<float>(o.grad_scale);
+  f.rounding = static_cast<std::uint32_t>(mix_key(o.rounding_key, static_cast<std::uint64_t>(o.step)));
   return f;
 }
 
 // kSmallWeight: ATen's lerp takes start + w * (end - start) for |w| < 0.5, else end - (end - start) * (1 - w).
-template <bool kSmallWeight>
-[[gnu::always_inline]] inline void update(const Pointers& p, std::int64_t begin, std::int64_t end, const Factors& f) {
+template <bool kSmallWeight, class Moment>
+[[gnu::always_inline]] inline void update(const Pointers<Moment>& p, std::int64_t begin, std::int64_t end,
+                                          const Factors& f) {
   for (std::int64_t i = begin; i < end; ++i) {
     const float g = p.grad[i] * f.grad_scale;
-    const float m = p.exp_avg[i];
+    const float m = load(p.exp_avg[i]);
     const float difference = g - m;
     const float new_m = kSmallWeight ? m + f.one_minus_beta1 * difference : g - difference * f.beta1_residual;
-    const float new_v = p.exp_avg_sq[i] * f.beta2 + f.one_minus_beta2 * g * g;
+    const float new_v = load(p.exp_avg_sq[i]) * f.beta2 + f.one_minus_beta2 * g * g;
     const float denominator = std::sqrt(new_v) / f.sqrt_correction2 + f.eps;
-    p.exp_avg[i] = new_m;
-    p.exp_avg_sq[i] = new_v;
+    store_nearest(p.exp_avg + i, new_m);
+    store_random(p.exp_avg_sq + i, new_v, p.first_index + static_cast<std::uint32_t>(i), f.rounding);
     p.param[i] = p.param[i] * f.decay + f.minus_step_size * new_m / denominator;
   }
 }
 
 // Wider registers only: without contraction every instruction set gives the same bits (tested).
-template <bool kSmallWeight>
-void update_baseline(const Pointers& p, std::int64_t begin, std::int64_t end, const Factors& f) {
+template <bool kSmallWeight, class Moment>
+void update_baseline(const Pointers<Moment>& p, std::int64_t begin, std::int64_t end, const Factors& f) {
   update<kSmallWeight>(p, begin, end, f);
 }
 
 #if defined(__x86_64__)
-template <bool kSmallWeight>
-__attribute__((target("avx2"))) void update_avx2(const Pointers& p, std::int64_t begin, std::int64_t end,
+template <bool kSmallWeight, class Moment>
+__attribute__((target("avx2"))) void update_avx2(const Pointers<Moment>& p, std::int64_t begin, std::int64_t end,
                                                  const Factors& f) {
   update<kSmallWeight>(p, begin, end, f);
 }
 #endif
 
-using Update = void (*)(const Pointers&, std::int64_t, std::int64_t, const Factors&);
+template <class Moment>
+using Update = void (*)(const Pointers<Moment>&, std::int64_t, std::int64_t, const Factors&);
 
-Update choose_update(bool small_weight) {
+template <class Moment>
+Update<Moment> choose_update(bool small_weight) {
 #if defined(__x86_64__)
-  if (instruction_set() >= InstructionSet::avx2) return small_weight ? update_avx2<true> : update_avx2<false>;
+  if (instruction_set() >= InstructionSet::avx2) return small_weight ? update_avx2<true, Moment> : update_avx2<false, Moment>;
 #endif
-  return small_weight ? update_baseline<true> : update_baseline<false>;
+  return small_weight ? update_baseline<true, Moment> : update_baseline<false, Moment>;
 }
 
-float* checked_data(const at::Tensor& tensor, std::int64_t numel) {
-  check_internal(tensor.defined() && tensor.scalar_type() == at::kFloat && tensor.is_contiguous() &&
-                     tensor.dim() == 1 && tensor.numel() == numel && tensor.is_cpu(),
-                 "adamw_step: needs 1-d contiguous fp32 CPU tensors of equal size");
-  return static_cast<float*>(tensor.data_ptr());
+void* checked_data(const at::Tensor& tensor, std::int64_t numel, at::ScalarType dtype) {
+  check_internal(tensor.defined() && tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.dim() == 1 &&
+                     tensor.numel() == numel && tensor.is_cpu(),
+                 "adamw_step: needs 1-d contiguous CPU tensors of equal size, fp32 or (moments) bf16");
+  return tensor.data_ptr();
+}
+
+template <class Moment>
+void run_step(const AdamWSlice& slice, const Factors& factors, at::ScalarType moment_dtype) {
+  const std::int64_t numel = slice.param.numel();
+  const Pointers<Moment> pointers{static_cast<float*>(checked_data(slice.param, numel, at::kFloat)),
+                                  static_cast<Moment*>(checked_data(slice.exp_avg, numel, moment_dtype)),
+                                  static_cast<Moment*>(checked_data(slice.exp_avg_sq, numel, moment_dtype)),
+                                  static_cast<const float*>(checked_data(slice.grad, numel, at::kFloat)),
+                                  static_cast<std::uint32_t>(slice.offset)};
+  const Update<Moment> run = choose_update<Moment>(factors.one_minus_beta1 < 0.5F);
+  constexpr std::int64_t kGrain = 1 << 15;
+  at::parallel_for(0, numel, kGrain, [&](std::int64_t begin, std::int64_t end) { run(pointers, begin, end, factors); });
 }
 
 }  // namespace
 
 void adamw_step(const AdamWSlice& slice, const AdamWOptions& options) {
   check_internal(options.step >= 1, "adamw_step: steps count from 1");
-  const std::int64_t numel = slice.param.numel();
-  const Pointers pointers{checked_data(slice.param, numel), checked_data(slice.exp_avg, numel),
-                          checked_data(slice.exp_avg_sq, numel), checked_data(slice.grad, numel)};
   const Factors factors = make_factors(options);
-  const Update run = choose_update(factors.one_minus_beta1 < 0.5F);
-  constexpr std::int64_t kGrain = 1 << 15;
-  at::parallel_for(0, numel, kGrain, [&](std::int64_t begin, std::int64_t end) { run(pointers, begin, end, factors); });
+  if (slice.exp_avg.scalar_type() == at::kBFloat16) {
+    run_step<Half>(slice, factors, at::kBFloat16);
+  } else {
+    run_step<float>(slice, factors, at::kFloat);
+  }
 }
 
 }  // namespace shardtune

@@ -7,6 +7,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "core/error.hpp"
@@ -25,8 +26,12 @@ std::uint64_t mask_row(std::int64_t token, std::int64_t head) {
 }
 
 struct OptionsHolder : torch::CustomClassHolder {
-  explicit OptionsHolder(const AttentionOptions& given) : options(given) {}
+  explicit OptionsHolder(const AttentionOptions& given)
+      : options(given),
+        keeps(given.recompute != nullptr && given.recompute->is_enabled() && !at::GradMode::is_enabled()),
+        takes(given.recompute != nullptr && given.recompute->is_enabled() && at::GradMode::is_enabled()) {}
   AttentionOptions options;
+  bool keeps, takes;  // the first pass of a unit and its recomputation (inside of a Function grad mode is always off)
 };
 
 // Rows [begin, end) of [T, heads, D] as the [1, heads, n, D] view that ATen's kernels take.
@@ -174,18 +179,24 @@ struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
     const at::Tensor q = q_tracked.detach(), k = k_tracked.detach(), v = v_tracked.detach();
     const AttentionOptions& options = holder->options;
     ctx->saved_data["options"] = c10::IValue::make_capsule(holder);
-    at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2)}, q.options());
-    at::Tensor log_sum_exp = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
-    short_attention_forward(q, k, v, options, out, log_sum_exp);
-    if (!has_long_segment(*options.segment_offsets)) {
-      ctx->save_for_backward({q, k, v, log_sum_exp});
-    } else if (options.dropout.is_active()) {
-      dropout_forward(q, k, v, options, out);
-      ctx->save_for_backward({q, k, v, log_sum_exp});
+    const bool is_long = has_long_segment(*options.segment_offsets), has_dropout = options.dropout.is_active();
+    at::Tensor out, log_sum_exp;
+    if (holder->takes) {
+      auto kept = options.recompute->take();
+      out = kept[0];
+      log_sum_exp = kept[1];
     } else {
-      flash_forward(q, k, v, options, out, log_sum_exp);
-      ctx->save_for_backward({q, k, v, log_sum_exp, out});
+      out = at::empty({q.size(0), q.size(1), q.size(2)}, q.options());
+      log_sum_exp = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
+      short_attention_forward(q, k, v, options, out, log_sum_exp);
+      if (is_long && has_dropout) dropout_forward(q, k, v, options, out);
+      if (is_long && !has_dropout) flash_forward(q, k, v, options, out, log_sum_exp);
     }
+    torch::autograd::variable_list to_save{q, k, v, log_sum_exp};
+    if (is_long && !has_dropout) to_save.push_back(out);
+    ctx->save_for_backward(std::move(to_save));
+    // The output itself goes on into the graph; what is kept must not be that very variable.
+    if (holder->keeps) options.recompute->keep({out.detach(), log_sum_exp});
     return out;
   }
 

@@ -8,6 +8,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "kernels/dropout.hpp"
+#include "kernels/recompute_context.hpp"
 
 namespace shardtune {
 
@@ -17,6 +18,8 @@ struct AttentionOptions {
   bool is_causal = false;
   double scale = 1.0;   // multiplies the scores; usually 1 / sqrt(D)
   DropoutSite dropout;  // on the probabilities
+  // Where the result is kept for recomputation, and taken from; null: it is computed again.
+  std::shared_ptr<RecomputeContext> recompute = nullptr;
 };
 
 // q [T, H, D], k and v [T, K, D], fp32 or bf16, any strides with a dense last dimension; result [T, H, D] contiguous.

@@ -12,6 +12,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "core/error.hpp"
+#include "kernels/element_type.hpp"
 #include "kernels/simd.hpp"
 
 namespace shardtune {
@@ -131,9 +132,9 @@ HeadResult run_head(const HeadInputs& in, const HeadOptions& options) {
     const at::Tensor hidden = in.hidden.index_select(0, chunk_rows);
     at::Tensor logits = at::mm(hidden, in.weight.t());
     const auto* label = labels.const_data_ptr<std::int64_t>() + begin;
-    result.loss += logits.scalar_type() == at::kBFloat16
-                       ? softmax_rows<c10::BFloat16>(logits, label, wants_grad ? &scale : nullptr)
-                       : softmax_rows<float>(logits, label, wants_grad ? &scale : nullptr);
+    with_element_type(logits.scalar_type(), [&](auto element) {
+      result.loss += softmax_rows<decltype(element)>(logits, label, wants_grad ? &scale : nullptr);
+    });
     if (in.wants_hidden_grad) result.hidden_grad.index_copy_(0, chunk_rows, at::mm(logits, in.weight));
     if (in.wants_weight_grad) accumulate_weight_grad(logits, hidden, result.weight_grad);
   }

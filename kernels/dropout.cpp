@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "core/rng.hpp"
+#include "kernels/element_type.hpp"
 #include "kernels/simd.hpp"
 
 namespace shardtune {
@@ -96,11 +97,10 @@ at::Tensor masked(const at::Tensor& x, const DropoutSite& site) {
   const Masker masker(site, 0);
   const std::int64_t numel = in.numel(), groups = (numel + kGroup - 1) / kGroup;
   at::parallel_for(0, groups, 256, [&](std::int64_t begin, std::int64_t end) {
-    if (in.scalar_type() == at::kBFloat16)
-      apply_groups(in.const_data_ptr<c10::BFloat16>(), out.mutable_data_ptr<c10::BFloat16>(), numel, masker, begin,
-                   end);
-    else
-      apply_groups(in.const_data_ptr<float>(), out.mutable_data_ptr<float>(), numel, masker, begin, end);
+    with_element_type(in.scalar_type(), [&](auto element) {
+      using T = decltype(element);
+      apply_groups(in.const_data_ptr<T>(), out.mutable_data_ptr<T>(), numel, masker, begin, end);
+    });
   });
   return out;
 }

@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "core/error.hpp"
+#include "kernels/element_type.hpp"
 #include "kernels/simd.hpp"
 
 namespace shardtune {
@@ -64,10 +65,7 @@ struct Embedding : torch::autograd::Function<Embedding> {
     if (tied != nullptr) sum = std::exchange(tied->weight_grad, at::Tensor());
     if (!sum.defined()) sum = at::zeros({ctx->saved_data["rows"].toInt(), grad.size(1)}, at::kFloat);
     const std::int64_t zero_row = ctx->saved_data["zero_row"].toInt();
-    if (grad.scalar_type() == at::kBFloat16)
-      add_rows<c10::BFloat16>(ids, grad, zero_row, sum);
-    else
-      add_rows<float>(ids, grad, zero_row, sum);
+    with_element_type(grad.scalar_type(), [&](auto element) { add_rows<decltype(element)>(ids, grad, zero_row, sum); });
     return {sum, {}, {}, {}};
   }
 };

@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "kernels/element_type.hpp"
 #include "kernels/simd.hpp"
 
 namespace shardtune {
@@ -74,10 +75,7 @@ struct SiluAndMul : torch::autograd::Function<SiluAndMul> {
     const at::Tensor gate = gate_any.contiguous(), up = up_any.contiguous();
     ctx->save_for_backward({gate, up});
     at::Tensor out = at::empty_like(gate);
-    if (gate.scalar_type() == at::kBFloat16)
-      forward_elements<c10::BFloat16>(gate, up, out);
-    else
-      forward_elements<float>(gate, up, out);
+    with_element_type(gate.scalar_type(), [&](auto element) { forward_elements<decltype(element)>(gate, up, out); });
     return out;
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
@@ -86,10 +84,7 @@ struct SiluAndMul : torch::autograd::Function<SiluAndMul> {
     const at::Tensor grad = grads[0].contiguous();
     at::Tensor d_gate = at::empty_like(saved[0]), d_up = at::empty_like(saved[1]);
     const BackwardTensors io{grad, saved[0], saved[1], d_gate, d_up};
-    if (grad.scalar_type() == at::kBFloat16)
-      backward_elements<c10::BFloat16>(io);
-    else
-      backward_elements<float>(io);
+    with_element_type(grad.scalar_type(), [&](auto element) { backward_elements<decltype(element)>(io); });
     return {d_gate, d_up};
   }
 };

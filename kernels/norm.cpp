@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "kernels/element_type.hpp"
 #include "kernels/simd.hpp"
 
 namespace shardtune {
@@ -117,10 +118,7 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
                             double eps) {
     const at::Tensor x = x_any.contiguous();
     at::Tensor y = at::empty_like(x), rstd = at::empty({x.size(0)}, at::kFloat);
-    if (x.scalar_type() == at::kBFloat16)
-      rms_rows<c10::BFloat16>(x, weight, eps, y, rstd);
-    else
-      rms_rows<float>(x, weight, eps, y, rstd);
+    with_element_type(x.scalar_type(), [&](auto element) { rms_rows<decltype(element)>(x, weight, eps, y, rstd); });
     ctx->save_for_backward({x, weight, rstd});
     return y;
   }
@@ -132,10 +130,7 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     at::Tensor dx = at::empty_like(x);
     at::Tensor dw_blocks = at::zeros({num_row_blocks(x.size(0)), x.size(1)}, at::kFloat);
     const RmsBackward io{grad, x, weight, rstd, dx, dw_blocks};
-    if (x.scalar_type() == at::kBFloat16)
-      rms_backward<c10::BFloat16>(io);
-    else
-      rms_backward<float>(io);
+    with_element_type(x.scalar_type(), [&](auto element) { rms_backward<decltype(element)>(io); });
     return {dx, dw_blocks.sum(0), {}};
   }
 };
@@ -226,10 +221,7 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
     const at::Tensor x = x_any.contiguous();
     at::Tensor y = at::empty_like(x), mean = at::empty({x.size(0)}, at::kFloat), rstd = at::empty_like(mean);
     const LayerForward io{x, weight, bias, eps, y, mean, rstd};
-    if (x.scalar_type() == at::kBFloat16)
-      layer_rows<c10::BFloat16>(io);
-    else
-      layer_rows<float>(io);
+    with_element_type(x.scalar_type(), [&](auto element) { layer_rows<decltype(element)>(io); });
     ctx->save_for_backward({x, weight, mean, rstd});
     return y;
   }
@@ -241,10 +233,7 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
     at::Tensor dx = at::empty_like(x);
     at::Tensor dw_blocks = at::zeros({num_row_blocks(x.size(0)), 2 * x.size(1)}, at::kFloat);
     const LayerBackward io{grad, x, weight, saved[2], saved[3], dx, dw_blocks};
-    if (x.scalar_type() == at::kBFloat16)
-      layer_backward<c10::BFloat16>(io);
-    else
-      layer_backward<float>(io);
+    with_element_type(x.scalar_type(), [&](auto element) { layer_backward<decltype(element)>(io); });
     const at::Tensor sums = dw_blocks.sum(0);
     return {dx, sums.slice(0, 0, x.size(1)), sums.slice(0, x.size(1)), {}};
   }

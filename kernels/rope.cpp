@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "core/error.hpp"
+#include "kernels/element_type.hpp"
 #include "kernels/simd.hpp"
 
 namespace shardtune {
@@ -48,10 +49,7 @@ void rotate_rows(const at::Tensor& x, const RopeTables& tables, float direction,
 at::Tensor rotate(const at::Tensor& x_any, const RopeTables& tables, float direction) {
   const at::Tensor x = x_any.contiguous();
   at::Tensor y = at::empty_like(x);
-  if (x.scalar_type() == at::kBFloat16)
-    rotate_rows<c10::BFloat16>(x, tables, direction, y);
-  else
-    rotate_rows<float>(x, tables, direction, y);
+  with_element_type(x.scalar_type(), [&](auto element) { rotate_rows<decltype(element)>(x, tables, direction, y); });
   return y;
 }
 

@@ -9,6 +9,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include "kernels/element_type.hpp"
 #include "kernels/simd.hpp"
 
 namespace shardtune {
@@ -374,10 +375,7 @@ void short_attention_forward(const at::Tensor& q, const at::Tensor& k, const at:
                              const AttentionOptions& options, at::Tensor& out, at::Tensor& log_sum_exp) {
   const Problem problem(q, k, options);
   const Forward io{q, k, v, out, log_sum_exp};
-  if (q.scalar_type() == at::kBFloat16)
-    forward_all<c10::BFloat16>(problem, io);
-  else
-    forward_all<float>(problem, io);
+  with_element_type(q.scalar_type(), [&](auto element) { forward_all<decltype(element)>(problem, io); });
 }
 
 void short_attention_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -385,10 +383,7 @@ void short_attention_backward(const at::Tensor& grad, const at::Tensor& q, const
                               const AttentionGradients& into) {
   const Problem problem(q, k, options);
   const Backward io{grad, q, k, v, log_sum_exp, into};
-  if (q.scalar_type() == at::kBFloat16)
-    backward_all<c10::BFloat16>(problem, io);
-  else
-    backward_all<float>(problem, io);
+  with_element_type(q.scalar_type(), [&](auto element) { backward_all<decltype(element)>(problem, io); });
 }
 
 }  // namespace shardtune

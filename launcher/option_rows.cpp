@@ -93,12 +93,21 @@ void add_logging_rows(OptionTable& table, TrainOptions& train) {
 
 void add_parallel_rows(OptionTable& table, TrainOptions& train) {
   table.begin_group("Parallelism and memory", kRun);
-  table.add("sharding", train.sharding, "PLAN", "ddp (whole weights on every rank) or zero3 (weights, gradients, optimizer state sharded)");
+  table.add("sharding", train.sharding, "PLAN", "ddp (all on every rank), zero1 (optimizer state and master weights sharded), zero2 (gradients, too), zero3 (weights, too), hsdp (zero3 within nodes, copies across them)");
+  table.add("fsdp", train.fsdp, "'full_shard auto_wrap'", "Hugging Face's spelling of a plan, instead of sharding");
+  table.add("reshard_after_forward", train.reshard_after_forward, "zero3, hsdp: false keeps weights until the backward pass is done; default true");
+  table.add("hsdp_shard_size", train.hsdp_shard_size, "ranks that share one copy of the weights; 0 = the ranks of a node");
   table.add("bf16", train.bf16, "compute in bfloat16, keep fp32 master weights");
   table.add("per_device_eval_batch_size", train.per_device_eval_batch_size, "examples of a forward pass without training");
   table.add("num_threads", train.num_threads, "threads per rank; 0 = OMP_NUM_THREADS, or the cores this rank may use");
   table.begin_group("Parallelism and memory", kTrain);
-  table.add("gradient_checkpointing", train.gradient_checkpointing, "recompute every layer in the backward pass");
+  table.add("fp16", train.fp16, "compute in float16 with a dynamic loss scale");
+  table.add("reduce_dtype", train.reduce_dtype, "fp32|bf16", "of gradients on their way between ranks; sums are fp32");
+  table.add("adam_state_dtype", train.adam_state_dtype, "fp32|bf16", "of AdamW's moments; bf16 saves 4 bytes a parameter");
+  table.add("gradient_checkpointing", train.gradient_checkpointing, "recompute layers in the backward pass");
+  table.add("gradient_checkpointing_every", train.gradient_checkpointing_every, "recompute every n-th layer only");
+  table.add("gradient_checkpointing_mode", train.gradient_checkpointing_mode, "full|selective", "selective keeps the output of attention");
+  table.add("activation_memory_budget", train.activation_memory_budget, "MiB of activations a rank may keep; only layers beyond it are recomputed; 0 = off");
   table.add("reduction", train.reduction, "tree", "tree: the same bits at any number of ranks");
 }
 

@@ -169,8 +169,10 @@ ModelOutput Bert::forward(const Batch& batch, UnitRunner& runner, const ForwardC
       .segment_offsets = shared_offsets(batch), .scale = 1.0 / std::sqrt(head_size), .dropout = {}};
   at::Tensor hidden_TD = embed(batch, context);
   for (std::int64_t n = 0; n < config_.num_layers; ++n) {
-    const auto layer_forward = [this, n, attention, context](const UnitRunner::Tensors& in) -> UnitRunner::Tensors {
-      return {run_layer(n, in[0], attention, context)};
+    AttentionOptions own = attention;
+    own.recompute = runner.recompute_context(*layers_[static_cast<std::size_t>(n)].unit);
+    const auto layer_forward = [this, n, own, context](const UnitRunner::Tensors& in) -> UnitRunner::Tensors {
+      return {run_layer(n, in[0], own, context)};
     };
     hidden_TD = runner.run(*layers_[static_cast<std::size_t>(n)].unit, {hidden_TD}, layer_forward)[0];
   }

@@ -177,6 +177,7 @@ ModelOutput Llama::forward(const Batch& batch, UnitRunner& runner, const Forward
     const LlamaLayer& layer = layers_[static_cast<std::size_t>(n)];
     AttentionOptions own = attention;
     own.dropout = make_dropout_site(context, attention_site(n), config_.attention_dropout);
+    own.recompute = runner.recompute_context(*layer.unit);
     const auto layer_forward = [this, &layer, own, tables](const UnitRunner::Tensors& in) -> UnitRunner::Tensors {
       const at::Tensor middle_TD =
           in[0] + attend(layer, rms_norm(in[0], layer.input_norm->value, config_.rms_norm_eps), own, tables);

@@ -2,6 +2,7 @@
 // What a model is made of, as the parallel engine sees it: parameters grouped into units. Single-device code.
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -9,6 +10,8 @@
 #include <c10/core/ScalarType.h>
 
 namespace shardtune {
+
+class RecomputeContext;
 
 // How Hugging Face initialises a parameter that no file provides.
 struct InitRule {
@@ -49,6 +52,8 @@ class UnitRunner {
 
   virtual ~UnitRunner() = default;
   virtual Tensors run(Unit& unit, const Tensors& inputs, const Forward& forward) = 0;
+  // For the kernels of the next run of `unit`, captured by its forward; null where nothing is to be kept for them.
+  virtual std::shared_ptr<RecomputeContext> recompute_context(const Unit& /*unit*/) { return nullptr; }
 };
 
 // Gives every parameter of the unit a value of its own: a leaf in `dtype` with the Hugging Face initialisation for `seed`.

@@ -56,13 +56,17 @@ std::unique_ptr<Dataset> build_dataset(const DatasetOptions& options, const std:
 }
 
 ParallelOptions parallel_options(const TrainOptions& train, Communicator& world) {
-  const PlanRequest request{.name = train.sharding,
-                            .reshard_after_forward = train.reshard_after_forward,
-                            .hsdp_shard_size = static_cast<int>(train.hsdp_shard_size)};
+  const PlanRequest request = plan_request(train);
   ParallelOptions options{.plan = resolve_sharding_plan(request),
                           .hsdp_shard_size = request.hsdp_shard_size,
-                          .compute_dtype = train.bf16 ? at::kBFloat16 : at::kFloat,
-                          .gradient_checkpointing = train.gradient_checkpointing};
+                          .compute_dtype = train.bf16 ? at::kBFloat16 : train.fp16 ? at::kHalf : at::kFloat,
+                          .reduce_dtype = train.reduce_dtype == "bf16" ? at::kBFloat16 : at::kFloat,
+                          .recompute = {.every = train.gradient_checkpointing_every,
+                                        .budget_bytes = train.activation_memory_budget << 20}};
+  if (train.gradient_checkpointing) {
+    const bool is_selective = train.gradient_checkpointing_mode == "selective";
+    options.recompute.mode = is_selective ? RecomputeMode::selective : RecomputeMode::full;
+  }
   if (options.plan.shard_axis == MeshAxis::node && options.hsdp_shard_size == 0) {
     char host[256] = {};
     ::gethostname(host, sizeof host - 1);

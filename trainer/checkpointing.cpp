@@ -17,7 +17,20 @@ StateSlice make_slice(const ShardedParameter& parameter, const char* field, cons
           .field = field,
           .global_shape = parameter.parameter->shape,
           .offset = parameter.slice_offset(),
-          .data = parameter.slice_of(like_master)};
+          // Checkpoints hold fp32; of other dtypes a copy is saved, or loaded into and then copied back (exactly).
+          .data = parameter.slice_of(like_master).to(at::kFloat)};
+}
+
+// What was loaded into copies goes to where it belongs. Frozen weights without an fp32 master never change.
+void copy_back(const StateView& view, AdamW& optimizer) {
+  std::size_t next = view.slices.size() - 2 * optimizer.states().size();
+  for (AdamW::State& state : optimizer.states()) {
+    for (const at::Tensor* moment : {&state.exp_avg, &state.exp_avg_sq}) {
+      const at::Tensor slice = state.parameter->slice_of(*moment);
+      const at::Tensor& loaded = view.slices[next++].data;
+      if (slice.scalar_type() != at::kFloat) slice.copy_(loaded);
+    }
+  }
 }
 
 }  // namespace
@@ -40,6 +53,7 @@ nlohmann::json load_checkpoint(CheckpointStore& store, const fs::path& directory
   nlohmann::json run = store.load(directory, view);
   engine.weights_loaded();
   if (optimizer != nullptr) {
+    copy_back(view, *optimizer);
     for (AdamW::State& state : optimizer->states()) {
       engine.gather_like_master(*state.parameter, state.exp_avg);
       engine.gather_like_master(*state.parameter, state.exp_avg_sq);

@@ -1,11 +1,12 @@
 #pragma once
-// AdamW over master shards. State is fp32, cut like the masters; element-wise maths, so the result does not depend on how
-// parameters are cut. Frozen parameters hold no state.
+// AdamW over master shards. State is fp32 or bf16, cut like the masters; element-wise maths, so the result does not depend
+// on how parameters are cut. Frozen parameters hold no state.
 #include <cstdint>
 #include <functional>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 
 #include "distributed/parallel/parallel_engine.hpp"
 
@@ -13,6 +14,7 @@ namespace shardtune {
 
 struct AdamWSettings {
   double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8, weight_decay = 0.0;
+  at::ScalarType state_dtype = at::kFloat;  // or kBFloat16
 };
 
 class AdamW {

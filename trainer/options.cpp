@@ -37,6 +37,22 @@ void check_model(const ModelOptions& model, const std::string& command) {
                                                : "--model_name_or_path is missing: a model directory, a checkpoint or an output directory");
 }
 
+void check_parallel(const TrainOptions& train) {
+  resolve_sharding_plan(plan_request(train));
+  need(train.hsdp_shard_size >= 0, "hsdp_shard_size", train.hsdp_shard_size, "0 (= the ranks of a node) or more is needed");
+  if (train.bf16 && train.fp16) fail(ErrorKind::config, "--bf16 and --fp16 exclude each other; bf16 needs no loss scale");
+  need_one_of("reduce_dtype", train.reduce_dtype, {"fp32", "bf16"});
+  need_one_of("adam_state_dtype", train.adam_state_dtype, {"fp32", "bf16"});
+  need_one_of("gradient_checkpointing_mode", train.gradient_checkpointing_mode, {"full", "selective"});
+  need(train.gradient_checkpointing_every >= 1, "gradient_checkpointing_every", train.gradient_checkpointing_every, "at least 1 is needed");
+  need(train.activation_memory_budget >= 0, "activation_memory_budget", train.activation_memory_budget, "0 (= off) or a number of MiB is needed");
+  const bool is_tuned = train.gradient_checkpointing_every != 1 || train.gradient_checkpointing_mode != "full";
+  if (is_tuned && !train.gradient_checkpointing)
+    fail(ErrorKind::config, "--gradient_checkpointing_every and --gradient_checkpointing_mode need --gradient_checkpointing");
+  if (train.activation_memory_budget > 0 && train.gradient_checkpointing)
+    fail(ErrorKind::config, "--activation_memory_budget chooses per layer what to recompute; leave --gradient_checkpointing out");
+}
+
 void check_sizes(const TrainOptions& train) {
   need(train.per_device_train_batch_size > 0, "per_device_train_batch_size", train.per_device_train_batch_size, "at least 1 is needed");
   need(train.gradient_accumulation_steps > 0, "gradient_accumulation_steps", train.gradient_accumulation_steps, "at least 1 is needed");
@@ -88,10 +104,22 @@ void check_intervals(const TrainOptions& train, bool has_validation_file) {
 
 }  // namespace
 
+PlanRequest plan_request(const TrainOptions& train) {
+  PlanRequest request{.name = train.sharding, .reshard_after_forward = train.reshard_after_forward};
+  if (!train.fsdp.empty()) {
+    request = plan_from_fsdp(train.fsdp);
+    if (train.reshard_after_forward) request.reshard_after_forward = train.reshard_after_forward;
+    if (train.sharding != "ddp" && train.sharding != request.name)
+      fail(ErrorKind::config, fmt::format("--fsdp = {} is {} but --sharding is {}; give one of them", train.fsdp, request.name, train.sharding));
+  }
+  request.hsdp_shard_size = static_cast<int>(train.hsdp_shard_size);
+  return request;
+}
+
 void validate(const RunOptions& options, const std::string& command) {
   const TrainOptions& train = options.train;
   check_model(options.model, command);
-  find_sharding_plan(train.sharding);
+  check_parallel(train);
   need(train.per_device_eval_batch_size > 0, "per_device_eval_batch_size", train.per_device_eval_batch_size, "at least 1 is needed");
   need(train.num_threads >= 0 && train.num_threads <= 1024, "num_threads", train.num_threads, "0 (= automatic) to 1024 is needed");
   need(options.data.max_seq_length >= 0, "max_seq_length", options.data.max_seq_length, "0 (= what the model allows) or more is needed");

@@ -35,6 +35,9 @@ struct TrainOptions {
   std::string sharding = "ddp";
   std::optional<bool> reshard_after_forward;  // zero3, hsdp: false keeps weights until the backward pass is done
   std::int64_t hsdp_shard_size = 0;          // ranks that share one copy; 0 = the ranks of a node
+  std::string fsdp;                          // Hugging Face's spelling of a plan, instead of `sharding`
+  std::string reduce_dtype = "fp32";         // or "bf16": of the gradients that travel
+  std::string adam_state_dtype = "fp32";     // or "bf16"
   std::string reduction = "tree";
   std::string loss_normalization = "global";
   std::int64_t per_device_train_batch_size = 8, per_device_eval_batch_size = 8;
@@ -50,7 +53,11 @@ struct TrainOptions {
   double warmup_steps = 0;                   // below 1: a share of all steps
   double warmup_ratio = 0;
   bool bf16 = false;
+  bool fp16 = false;
   bool gradient_checkpointing = false;
+  std::int64_t gradient_checkpointing_every = 1;       // every n-th layer
+  std::string gradient_checkpointing_mode = "full";    // or "selective": keep attention's output
+  std::int64_t activation_memory_budget = 0;           // MiB; > 0: recompute only what does not fit
   std::int64_t seed = 42;
   std::optional<std::int64_t> data_seed;
   std::string train_sampling_strategy = "random";
@@ -93,6 +100,10 @@ struct RunOptions {
   std::vector<std::pair<std::string, std::string>> resolved;
   std::vector<std::string> explicitly_set;
 };
+
+struct PlanRequest;
+// What --sharding or --fsdp ask for, with their companions. Error{config} for a --fsdp that has no counterpart.
+PlanRequest plan_request(const TrainOptions& train);
 
 // Error{config} naming option, value and remedy for everything that can be judged without opening a file.
 // command: train, evaluate, predict or score; what it needs is checked.

@@ -117,7 +117,10 @@ nlohmann::json describe_environment(const RunOptions& options) {
   return {{"torch", TORCH_VERSION},
           {"cpu", at::get_cpu_capability()},
           {"threads_per_rank", at::get_num_threads()},
-          {"bf16", options.train.bf16}};
+          {"bf16", options.train.bf16},
+          {"fp16", options.train.fp16},
+          {"reduce_dtype", options.train.reduce_dtype},
+          {"adam_state_dtype", options.train.adam_state_dtype}};
 }
 
 std::vector<std::string> environment_differences(const nlohmann::json& stored, const nlohmann::json& now) {
@@ -132,6 +135,9 @@ std::vector<std::string> environment_differences(const nlohmann::json& stored, c
 nlohmann::json RunState::to_json() const {
   return {{"identity", identity.to_json()},
           {"step", step},
+          {"skipped_steps", skipped_steps},
+          {"loss_scale", scaler.is_on() ? nlohmann::json(scaler.scale()) : nlohmann::json()},
+          {"loss_scale_growth_tracker", scaler.growth_tracker()},
           {"cursor", {{"epoch", cursor.epoch}, {"step_in_epoch", cursor.step_in_epoch}}},
           {"tokens_seen", tokens_seen},
           {"samples_seen", samples_seen},
@@ -148,6 +154,10 @@ RunState RunState::from_json(const nlohmann::json& json, const std::string& orig
   try {
     state.identity = RunIdentity::from_json(json.at("identity"), origin);
     state.step = json_get<std::int64_t>(json, "step", origin);
+    state.skipped_steps = json_get_or<std::int64_t>(json, "skipped_steps", 0, origin);
+    if (json.contains("loss_scale") && json.at("loss_scale").is_number())
+      state.scaler = LossScaler(json.at("loss_scale").get<double>(),
+                                json_get<std::int64_t>(json, "loss_scale_growth_tracker", origin));
     state.cursor.epoch = json_get<std::int64_t>(json.at("cursor"), "epoch", origin);
     state.cursor.step_in_epoch = json_get<std::int64_t>(json.at("cursor"), "step_in_epoch", origin);
     state.tokens_seen = json_get<std::int64_t>(json, "tokens_seen", origin);

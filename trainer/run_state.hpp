@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "data/loader.hpp"
+#include "trainer/loss_scaler.hpp"
 #include "trainer/options.hpp"
 
 namespace shardtune {
@@ -42,7 +43,9 @@ std::vector<std::string> environment_differences(const nlohmann::json& stored, c
 
 struct RunState {
   RunIdentity identity;
-  std::int64_t step = 0;                     // optimizer steps done
+  std::int64_t step = 0;                     // steps done, skipped ones included
+  std::int64_t skipped_steps = 0;            // fp16: gradients overflowed; neither optimizer nor schedule moved
+  LossScaler scaler;
   DataCursor cursor;                         // next step to load
   std::int64_t tokens_seen = 0, samples_seen = 0;
   double loss_sum = 0;                       // over all steps, for HF's train_loss

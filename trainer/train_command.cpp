@@ -137,6 +137,8 @@ void TrainRun::decide_identity() {
     for (const std::string& difference : environment_differences(stored.at("environment"), describe_environment(options_)))
       log::warn("resuming under other conditions, so the result is no longer promised bit for bit: {}", difference);
   }
+  if (!options_.train.fp16) state_.scaler = LossScaler();
+  else if (!state_.scaler.is_on()) state_.scaler = LossScaler(LossScaler::kInitialScale, 0);
   const RunIdentity& id = state_.identity;
   const LoaderOptions loader = loader_options(id, *model_);
   settings_ = trainer_settings(options_, steps_per_epoch(train_data_->size(), loader));
@@ -145,7 +147,7 @@ void TrainRun::decide_identity() {
   log::info("{} examples, {} steps of {} examples ({} micro-batches of at most {}), {} ranks, sharding {}, {}",
             train_data_->size(), settings_.max_steps, id.global_batch_size,
             (id.global_batch_size + id.per_device_train_batch_size - 1) / id.per_device_train_batch_size,
-            id.per_device_train_batch_size, world_.size(), options_.train.sharding, options_.train.bf16 ? "bf16" : "fp32");
+            id.per_device_train_batch_size, world_.size(), options_.train.sharding, options_.train.bf16 ? "bf16" : options_.train.fp16 ? "fp16" : "fp32");
 }
 
 void TrainRun::load_weights() {
@@ -154,7 +156,8 @@ void TrainRun::load_weights() {
   optimizer_ = std::make_unique<AdamW>(*engine_, AdamWSettings{.beta1 = train.adam_beta1,
                                                                .beta2 = train.adam_beta2,
                                                                .epsilon = train.adam_epsilon,
-                                                               .weight_decay = train.weight_decay});
+                                                               .weight_decay = train.weight_decay,
+                                                               .state_dtype = train.adam_state_dtype == "bf16" ? at::kBFloat16 : at::kFloat});
   optimizer_->set_before_update([this](const AdamW::State& state) {
     for (const at::Tensor& tensor : {state.parameter->master, state.exp_avg, state.exp_avg_sq}) store_.preserve(tensor);
   });

@@ -59,25 +59,30 @@ void Trainer::save_now() {
 
 Trainer::StepResult Trainer::train_step(const StepBatches& batches) {
   const double start = now_seconds();
-  StepResult result{.learning_rate = parts_.schedule.at(state_.step), .tokens = batches.num_tokens,
+  // As accelerate has it: a skipped step moves neither the schedule nor the optimizer's step count.
+  const std::int64_t updates = state_.step - state_.skipped_steps;
+  StepResult result{.learning_rate = parts_.schedule.at(updates), .tokens = batches.num_tokens,
                     .samples = batches.num_examples};
   std::vector<double> losses(batches.micro_batches.size(), 0.0);
   forward_backward(batches, losses);
-  result.grad_norm = parts_.engine.grad_norm();
+  const double loss_scale = state_.scaler.scale();
+  result.grad_norm = parts_.engine.grad_norm() / loss_scale;
 
   // Each micro-batch's loss is known to one rank; adding zeros is exact, so the sum below has the same bits everywhere.
   at::Tensor shared = at::from_blob(losses.data(), {static_cast<std::int64_t>(losses.size())}, at::kDouble).clone();
   parts_.world.all_reduce(shared, ReduceOp::sum).wait();
   for (std::int64_t i = 0; i < shared.numel(); ++i) result.loss += shared.data_ptr<double>()[i];
-  if (!std::isfinite(result.loss) || !std::isfinite(result.grad_norm))
-    fail(ErrorKind::numeric,
-         fmt::format("step {}: loss {} and gradient norm {} are not finite; lower --learning_rate, check the data, or train "
-                     "without --bf16. The last checkpoint is intact",
-                     state_.step + 1, result.loss, result.grad_norm));
-
-  double clip = 1.0;
-  if (settings_.max_grad_norm > 0) clip = std::min(1.0, settings_.max_grad_norm / (result.grad_norm + 1e-6));
-  parts_.optimizer.step(result.learning_rate, clip, state_.step + 1);
+  if (has_overflowed(result)) {
+    state_.scaler.update(true);
+    ++state_.skipped_steps;
+    log::warn("step {}: the gradients overflowed in fp16, so the step is skipped; the loss scale is now {}", state_.step + 1,
+              state_.scaler.scale());
+  } else {
+    state_.scaler.update(false);
+    double clip = 1.0;
+    if (settings_.max_grad_norm > 0) clip = std::min(1.0, settings_.max_grad_norm / (result.grad_norm + 1e-6));
+    parts_.optimizer.step(result.learning_rate, clip / loss_scale, updates + 1);
+  }
   parts_.engine.after_optimizer_step();
   ++state_.step;
   state_.cursor = batches.next;
@@ -85,10 +90,20 @@ Trainer::StepResult Trainer::train_step(const StepBatches& batches) {
   return result;
 }
 
+bool Trainer::has_overflowed(const StepResult& result) const {
+  if (std::isfinite(result.loss) && std::isfinite(result.grad_norm)) return false;
+  if (state_.scaler.is_on()) return true;
+  fail(ErrorKind::numeric,
+       fmt::format("step {}: loss {} and gradient norm {} are not finite; lower --learning_rate, check the data, or train "
+                   "without --bf16. The last checkpoint is intact",
+                   state_.step + 1, result.loss, result.grad_norm));
+}
+
 void Trainer::forward_backward(const StepBatches& batches, std::vector<double>& losses) {
   ParallelEngine& engine = parts_.engine;
   const auto num_micro_batches = static_cast<std::int64_t>(batches.micro_batches.size());
-  const double scale = 1.0 / static_cast<double>(std::max<std::int64_t>(1, batches.num_labelled));
+  const double loss_scale = state_.scaler.scale();
+  const double scale = loss_scale / static_cast<double>(std::max<std::int64_t>(1, batches.num_labelled));
   engine.begin_step(num_micro_batches);
   for (std::int64_t round = 0; round < engine.num_rounds(num_micro_batches); ++round) {
     const std::int64_t index = engine.micro_batch_of_round(num_micro_batches, round);
@@ -100,7 +115,7 @@ void Trainer::forward_backward(const StepBatches& batches, std::vector<double>& 
     engine.begin_micro_batch(round);
     const ModelOutput output = parts_.model.forward(batch, engine.runner(), context, {.loss_scale = scale});
     activation_bytes_ = std::max(activation_bytes_, tensor_bytes() - held_before);
-    if (index >= 0) losses[static_cast<std::size_t>(index)] = output.loss_sum.item<double>();
+    if (index >= 0) losses[static_cast<std::size_t>(index)] = output.loss_sum.item<double>() / loss_scale;
     engine.backward(output.loss_sum);
   }
   engine.finish_step();
@@ -109,8 +124,11 @@ void Trainer::forward_backward(const StepBatches& batches, std::vector<double>& 
 void Trainer::after_step(const StepResult& result) {
   state_.tokens_seen += result.tokens;
   state_.samples_seen += result.samples;
-  state_.loss_sum += result.loss;
-  state_.interval_loss_sum += result.loss;
+  // HF's logging_nan_inf_filter: what is not finite (a skipped step) counts as the mean so far.
+  const double mean = state_.interval_loss_sum / static_cast<double>(std::max<std::int64_t>(1, state_.interval_steps));
+  const double loss = std::isfinite(result.loss) ? result.loss : mean;
+  state_.loss_sum += loss;
+  state_.interval_loss_sum += loss;
   ++state_.interval_steps;
   process_tokens_ += result.tokens;
   process_samples_ += result.samples;

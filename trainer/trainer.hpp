@@ -59,6 +59,8 @@ class Trainer {
     std::int64_t tokens = 0, samples = 0;
   };
   StepResult train_step(const StepBatches& batches);
+  // fp16: whether this step's gradients are to be dropped. Error{numeric} for what is not finite otherwise.
+  bool has_overflowed(const StepResult& result) const;
   void forward_backward(const StepBatches& batches, std::vector<double>& losses);
   struct ControlWord {
     bool must_stop = false, is_any_saving = false;

@@ -101,7 +101,7 @@ void initialize_randomly(ParallelEngine& engine, std::uint64_t seed) {
 void stream_parameter(Communicator& world, const ShardedParameter& parameter, const TensorOf& select, const PieceWriter& write) {
   const at::NoGradGuard no_grad;
   constexpr std::int64_t kPiece = 16 << 20;  // elements: 64 MiB
-  const at::Tensor own = parameter.slice_of(select(parameter));
+  const at::Tensor own = parameter.slice_of(select(parameter)).to(at::kFloat);
   const std::int64_t numel = parameter.layout.numel();
   for (std::int64_t begin = 0; begin < numel; begin += kPiece) {
     const std::int64_t end = std::min(numel, begin + kPiece);

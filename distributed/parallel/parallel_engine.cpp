@@ -15,9 +15,14 @@ namespace shardtune {
 namespace {
 
 const ParallelOptions& checked(const ParallelOptions& options) {
-  if (options.compute_dtype != at::kFloat && options.compute_dtype != at::kBFloat16) {
+  const at::ScalarType compute = options.compute_dtype;
+  if (compute != at::kFloat && compute != at::kBFloat16 && compute != at::kHalf) {
     fail(ErrorKind::config,
-         fmt::format("compute dtype {} is not supported; use fp32 or bf16", c10::toString(options.compute_dtype)));
+         fmt::format("compute dtype {} is not supported; use fp32, bf16 or fp16", c10::toString(compute)));
+  }
+  if (options.reduce_dtype != at::kFloat && options.reduce_dtype != at::kBFloat16) {
+    fail(ErrorKind::config,
+         fmt::format("reduce dtype {} is not supported; use fp32 or bf16", c10::toString(options.reduce_dtype)));
   }
   return options;
 }
@@ -27,13 +32,11 @@ const ParallelOptions& checked(const ParallelOptions& options) {
 ParallelEngine::ParallelEngine(std::vector<Unit*> units, Communicator& world, ParallelOptions options)
     : options_(checked(options)),
       grid_(world, options_.plan, options_.hsdp_shard_size),
-      reducer_({grid_, options_.plan, options_.compute_dtype, memory_}, options_.probe),
-      runner_(
-          {.recompute = options_.gradient_checkpointing, .reshard_after_forward = options_.plan.reshard_after_forward},
-          [this](ShardUnit& unit) { complete(unit); }) {
+      reducer_(context(), options_.probe),
+      runner_({.recompute = options_.recompute, .reshard_after_forward = options_.plan.reshard_after_forward},
+              [this](ShardUnit& unit) { complete(unit); }) {
   for (Unit* unit : units) {
-    units_.push_back(
-        std::make_unique<ShardUnit>(*unit, ShardContext{grid_, options_.plan, options_.compute_dtype, memory_}));
+    units_.push_back(std::make_unique<ShardUnit>(*unit, context()));
     ShardUnit& sharded = *units_.back();
     if (!unit->is_root) runner_.add_unit(sharded);
     if (sharded.has_trainable()) finish_order_.push_back(&sharded);
@@ -50,6 +53,10 @@ ParallelEngine::ParallelEngine(std::vector<Unit*> units, Communicator& world, Pa
                         [](const ShardUnit* unit) { return !unit->unit().is_root; });
 }
 
+ShardContext ParallelEngine::context() {
+  return {grid_, options_.plan, options_.compute_dtype, options_.reduce_dtype, memory_};
+}
+
 void ParallelEngine::weights_loaded() {
   for (const auto& unit : units_) {
     unit->drop_gather();
@@ -57,6 +64,7 @@ void ParallelEngine::weights_loaded() {
     unit->gather_masters();
   }
   refresh_compute_copies(/*trainable_only=*/false);
+  for (const auto& unit : units_) unit->drop_frozen_masters();
 }
 
 // One unit ahead: the next gather runs while this one is unpacked.

@@ -32,9 +32,12 @@ namespace shardtune {
 struct ParallelOptions {
   ShardingPlan plan;                          // from resolve_sharding_plan
   int hsdp_shard_size = 0;                    // ranks per replica under hsdp, see ranks_per_node
-  at::ScalarType compute_dtype = at::kFloat;  // kFloat or kBFloat16
-  bool gradient_checkpointing = false;        // of every non-root unit
-  GradientProbe probe = {};                   // tests only
+  at::ScalarType compute_dtype = at::kFloat;  // kFloat, kBFloat16 or kHalf
+  // kFloat or kBFloat16: each micro-batch's gradients are rounded to it before they are summed (in fp32) and travel so;
+  // sums of several micro-batches travel in fp32.
+  at::ScalarType reduce_dtype = at::kFloat;
+  RecomputeOptions recompute = {};  // gradient checkpointing of the non-root units
+  GradientProbe probe = {};         // tests only
 };
 
 class ParallelEngine {
@@ -56,6 +59,8 @@ class ParallelEngine {
 
   // Collective. Call after every rank has filled its distinct slices, p.slice_of(p.master), of every parameter (at
   // start and at resume): completes masters where several ranks hold the same, and refreshes the compute copies.
+  // Afterwards the masters of frozen parameters are in the compute dtype where that loses nothing, so these cannot be
+  // loaded a second time (masters of another dtype than fp32 are to be left alone).
   void weights_loaded();
   // Collective, for tensors the optimizer cuts like masters (exp_avg, ...), after their distinct slices were filled.
   void gather_like_master(const ShardedParameter& parameter, at::Tensor like_master);
@@ -92,6 +97,7 @@ class ParallelEngine {
   friend class EvaluationScope;
   enum class Phase { idle, in_step, in_micro_batch, finished };
 
+  ShardContext context();
   void complete(ShardUnit& unit);
   void finish_ready_units();
   bool is_last_of_rank(std::int64_t round) const;

@@ -1,6 +1,6 @@
 #pragma once
-// The ranks of a plan as a grid, shards x replicas: the ranks of one replica hold one copy of the master weights between
-// them, the ranks of one shard hold the same piece. ddp is 1 x N, zero1 to zero3 are N x 1.
+// The ranks of a plan as a grid, shards x replicas: the ranks of one replica hold one copy of the master weights
+// between them, the ranks of one shard hold the same piece. ddp is 1 x N, zero1 to zero3 are N x 1.
 //
 // Note [Ranks in the order of their slices]
 // A parameter is cut into one distinct slice per rank. The pieces of a shard's replicas must be neighbours, so that the

@@ -1,8 +1,8 @@
 #pragma once
-// Which micro-batch a rank has in which round. A pure function of (plan, grid, V). Ranks are those of RankGrid::world().
-// Every replica has a contiguous range of micro-batches, so that its sums are few aligned subtrees. Within a replica
-// plans that reduce every micro-batch deal each round to neighbouring shards (their sums are merged at once); plans that
-// reduce once give each shard a contiguous range again.
+// Which micro-batch a rank has in which round. A pure function of (plan, grid, V). Ranks are those of
+// RankGrid::world(). Every replica has a contiguous range of micro-batches, so that its sums are few aligned subtrees.
+// Within a replica plans that reduce every micro-batch deal each round to neighbouring shards (their sums are merged at
+// once); plans that reduce once give each shard a contiguous range again.
 #include <cstdint>
 #include <utility>
 

@@ -12,8 +12,8 @@ namespace shardtune {
 
 at::Tensor ShardUnit::pack_gradients() {
   const at::NoGradGuard no_grad;
-  at::Tensor packed =
-      at::empty({std::accumulate(packed_counts_.begin(), packed_counts_.end(), std::int64_t{0})}, at::kFloat);
+  at::Tensor packed = at::empty({std::accumulate(packed_counts_.begin(), packed_counts_.end(), std::int64_t{0})},
+                                context_.reduce_dtype);
   std::vector<at::Tensor> gradients(parameters_.size());
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
     at::Tensor& gradient = parameters_[i].parameter->value.mutable_grad();

@@ -6,6 +6,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/native/Resize.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/equal.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include "core/error.hpp"
@@ -183,9 +184,27 @@ void ShardUnit::gather_replicas(const ShardedParameter& parameter, at::Tensor li
   context_.grid.replicas().all_gather(std::move(like_master), own, counts).wait();
 }
 
+void ShardUnit::drop_frozen_masters() {
+  const at::NoGradGuard no_grad;
+  for (ShardedParameter& p : parameters_) {
+    if (p.parameter->is_trainable || p.master.scalar_type() == context_.compute_dtype) continue;
+    at::Tensor rounded = p.master.to(context_.compute_dtype);
+    if (!at::equal(rounded.to(at::kFloat), p.master)) continue;
+    context_.memory.masters.subtract(static_cast<std::int64_t>(p.master.nbytes()));
+    if (frees_storage()) {
+      p.master = std::move(rounded);
+      context_.memory.masters.add(static_cast<std::int64_t>(p.master.nbytes()));
+    } else {
+      p.master = raw_flat(p.parameter->value).narrow(0, p.master_offset, p.master.numel());
+    }
+  }
+}
+
 void ShardUnit::gather_masters() {
   // Parameter by parameter: a whole unit (an embedding, say) need not exist twice.
-  for (const ShardedParameter& p : parameters_) gather_replicas(p, p.master);
+  for (const ShardedParameter& p : parameters_) {
+    if (p.master.scalar_type() == at::kFloat) gather_replicas(p, p.master);
+  }
 }
 
 }  // namespace shardtune

@@ -27,6 +27,7 @@ struct ShardContext {
   const RankGrid& grid;
   const ShardingPlan& plan;
   at::ScalarType compute_dtype;
+  at::ScalarType reduce_dtype;
   MemoryUse& memory;
 };
 
@@ -55,8 +56,9 @@ class ShardUnit {
   // Waits for a gather that was begun and nobody wanted, and drops it. Local.
   void drop_gather();
 
-  // Takes .grad of every trainable parameter away and returns them as one fp32 tensor in packed layout: for each rank
-  // of RankGrid::world(), for each trainable parameter, that rank's slice. A missing gradient counts as zero. Local.
+  // Takes .grad of every trainable parameter away and returns them as one tensor of the reduce dtype in packed layout:
+  // for each rank of RankGrid::world(), for each trainable parameter, that rank's slice. A missing gradient counts as
+  // zero. Local.
   at::Tensor pack_gradients();
   void drop_gradients();
   // Elements of the packed layout that belong to each rank, and to each shard.
@@ -72,6 +74,9 @@ class ShardUnit {
   void gather_masters();
   // The same for one tensor that is cut like a master of this unit.
   void gather_replicas(const ShardedParameter& parameter, at::Tensor like_master);
+  // Frozen parameters whose values fit into the compute dtype: that shard instead of the fp32 one, and none but the
+  // compute copy where that is kept whole. Local.
+  void drop_frozen_masters();
   // Compute copies that the plan keeps := masters, of all parameters or of the trainable ones. Collective where masters
   // are cut.
   void begin_refresh(bool trainable_only);

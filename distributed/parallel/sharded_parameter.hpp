@@ -22,7 +22,8 @@ struct ShardedParameter {
   BlockLayout layout;    // over the ranks of RankGrid::world(), the same for every plan
   int rank;              // there
   int num_replicas;
-  // fp32, 1-d, contiguous: this rank's shard, which is the whole parameter under ddp and may be empty otherwise.
+  // 1-d, contiguous: this rank's shard, which is the whole parameter under ddp and may be empty otherwise. fp32, except
+  // that frozen parameters whose values fit into the compute dtype have no fp32 master once they are loaded.
   at::Tensor master;
   std::int64_t master_offset = 0;  // first element of `master` in the flat parameter
   // Cut like `master`, fp32. Defined between ParallelEngine::finish_step() and after_optimizer_step(), trainable only.

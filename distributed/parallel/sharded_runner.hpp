@@ -7,8 +7,10 @@
 // Before a unit computes, the gather of the one that comes after it is issued, so that it runs meanwhile.
 #include <functional>
 #include <map>
+#include <memory>
 #include <vector>
 
+#include "distributed/parallel/recompute_policy.hpp"
 #include "distributed/parallel/shard_unit.hpp"
 #include "models/unit.hpp"
 
@@ -20,7 +22,7 @@ class ShardedRunner : public UnitRunner {
  public:
   using OnComplete = std::function<void(ShardUnit&)>;
   struct Options {
-    bool recompute = false;              // keep only the inputs of units (gradient checkpointing)
+    RecomputeOptions recompute;          // gradient checkpointing
     bool reshard_after_forward = false;  // of the plan
   };
 
@@ -36,18 +38,24 @@ class ShardedRunner : public UnitRunner {
   // once per micro-batch. Error{internal} for a unit that was not added or that runs twice. Inputs and outputs may be
   // undefined or not differentiable; outputs are new tensors outside of the inner graph.
   Tensors run(Unit& unit, const Tensors& inputs, const Forward& forward) override;
+  std::shared_ptr<RecomputeContext> recompute_context(const Unit& unit) override;
 
  private:
   class UnitBackward;
   struct Entry {
     ShardUnit* unit;
     bool has_node = false;  // ran under grad mode in this micro-batch, so its backward will come
+    std::shared_ptr<RecomputeContext> context = {};  // handed out for the next run
   };
 
+  std::size_t index_of(const Unit& unit) const;
+  // The unit's forward pass in the first go, its weights there. Fills in what the node keeps.
+  Tensors run_forward(UnitBackward& node, std::size_t index, const Tensors& inputs, const Forward& forward);
   void prefetch_next(std::size_t index);
   void prefetch_previous(std::size_t index);
 
   Options options_;
+  RecomputePolicy policy_;
   OnComplete on_complete_;
   std::vector<Entry> entries_;  // in execution order
   std::map<const Unit*, std::size_t> index_of_;

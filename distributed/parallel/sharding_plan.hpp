@@ -24,8 +24,9 @@ struct ShardingPlan {
 // What a user asks for. Names are those of the table.
 struct PlanRequest {
   std::string name = "ddp";
-  std::optional<bool> reshard_after_forward = {};  // zero3 and hsdp only; false keeps weights until the backward is done
-  int hsdp_shard_size = 0;                         // hsdp only: ranks that share one copy; 0 = the ranks of a node
+  std::optional<bool> reshard_after_forward =
+      {};                   // zero3 and hsdp only; false keeps weights until the backward is done
+  int hsdp_shard_size = 0;  // hsdp only: ranks that share one copy; 0 = the ranks of a node
 };
 
 std::span<const ShardingPlan> sharding_plans();

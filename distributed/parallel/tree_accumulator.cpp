@@ -36,6 +36,10 @@ at::Tensor own(const at::Tensor& tensor) {
 
 }  // namespace
 
+std::int64_t num_leaves_under(TreeNode node, std::int64_t num_leaves) {
+  return std::min((node.index + 1) << node.level, num_leaves) - (node.index << node.level);
+}
+
 std::vector<TreeNode> covering_nodes(std::int64_t begin, std::int64_t end, std::int64_t num_leaves) {
   check_internal(0 <= begin && begin <= end && end <= num_leaves && num_leaves >= 1, "covering_nodes: bad range");
   std::vector<TreeNode> nodes;

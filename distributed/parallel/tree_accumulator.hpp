@@ -16,6 +16,8 @@ struct TreeNode {
   friend bool operator==(const TreeNode&, const TreeNode&) = default;
 };
 
+std::int64_t num_leaves_under(TreeNode node, std::int64_t num_leaves);
+
 // The fewest nodes that cover exactly the leaves [begin, end), from left to right, each under its highest label.
 // They are what a TreeAccumulator holds after those leaves were added. Empty when begin == end.
 std::vector<TreeNode> covering_nodes(std::int64_t begin, std::int64_t end, std::int64_t num_leaves);

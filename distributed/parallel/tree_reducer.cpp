@@ -67,7 +67,7 @@ void TreeReducer::add(ShardUnit& unit, std::int64_t round) {
     issue(unit_sums, unit_sums.shard, shard_axis(unit), packed, contributions);
     under_way_ = &unit_sums;
   } else if (own_index >= 0) {
-    (num_shards > 1 ? unit_sums.local : unit_sums.shard).add({0, own_index}, std::move(packed));
+    (num_shards > 1 ? unit_sums.local : unit_sums.shard).add({0, own_index}, packed.to(at::kFloat));
   }
   count_partials();
 }
@@ -78,13 +78,18 @@ void TreeReducer::issue(UnitSums& sums, TreeAccumulator& into, const Axis& axis,
   std::vector<std::int64_t> in_counts(axis.counts.size(), 0);
   if (contributions[own_rank]) in_counts = axis.counts;
   std::vector<std::int64_t> out_counts;
+  // The leaves were rounded to the reduce dtype, sums are not: what holds one goes as it is.
+  const bool has_leaves_only = std::all_of(contributions.begin(), contributions.end(), [&](const auto& node) {
+    return !node || num_leaves_under(*node, schedule_->num_micro_batches()) == 1;
+  });
+  const at::ScalarType dtype = has_leaves_only ? context_.reduce_dtype : at::kFloat;
   Exchange exchange{.work = {}, .out = {}, .nodes = {}, .into = &into, .num_bytes = 0};
   for (const auto& node : contributions) {
     out_counts.push_back(node ? axis.counts[own_rank] : 0);
     if (node) exchange.nodes.push_back(*node);
   }
-  const at::Tensor in = packed.defined() ? packed : at::empty({0}, at::kFloat);
-  exchange.out = at::empty({std::accumulate(out_counts.begin(), out_counts.end(), std::int64_t{0})}, at::kFloat);
+  const at::Tensor in = packed.defined() ? packed.to(dtype) : at::empty({0}, dtype);
+  exchange.out = at::empty({std::accumulate(out_counts.begin(), out_counts.end(), std::int64_t{0})}, dtype);
   exchange.num_bytes = static_cast<std::int64_t>(in.nbytes() + exchange.out.nbytes());
   context_.memory.gradients.add(exchange.num_bytes);
   exchange.work = axis.ranks.all_to_all(exchange.out, out_counts, in, in_counts);
@@ -116,7 +121,8 @@ void TreeReducer::merge(UnitSums& sums) {
     const auto num_nodes = static_cast<std::int64_t>(exchange.nodes.size());
     const std::int64_t count = num_nodes == 0 ? 0 : exchange.out.numel() / num_nodes;
     for (std::int64_t i = 0; i < num_nodes; ++i)
-      exchange.into->add(exchange.nodes[static_cast<std::size_t>(i)], exchange.out.narrow(0, i * count, count));
+      exchange.into->add(exchange.nodes[static_cast<std::size_t>(i)],
+                         exchange.out.narrow(0, i * count, count).to(at::kFloat));
     context_.memory.gradients.subtract(exchange.num_bytes);
     exchange.out.reset();
   }

@@ -1,5 +1,6 @@
 // AdamW against the formula of torch.optim.AdamW in plain ATen, and the promise that cutting changes no bit.
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include <ATen/ATen.h>
@@ -124,6 +125,61 @@ TEST(AdamW, CuttingTheTensorsChangesNoBit) {
     EXPECT_TRUE(at::equal(whole.exp_avg, cut.exp_avg));
     EXPECT_TRUE(at::equal(whole.exp_avg_sq, cut.exp_avg_sq));
   }
+}
+
+AdamWSlice with_bf16_moments(AdamWSlice s) {
+  s.exp_avg = s.exp_avg.to(at::kBFloat16);
+  s.exp_avg_sq = s.exp_avg_sq.to(at::kBFloat16);
+  return s;
+}
+
+TEST(AdamW, Bf16MomentsStayCloseToFp32Ones) {
+  constexpr std::int64_t kNumel = 4003;
+  AdamWSlice own = with_bf16_moments(start_state(kNumel));
+  AdamWSlice reference = start_state(kNumel);
+  for (std::int64_t step = 1; step <= 300; ++step) {
+    own.grad = reference.grad = gradient(step, kNumel);
+    const AdamWOptions options{.lr = 1e-3, .weight_decay = 0.01, .step = step, .rounding_key = 7};
+    adamw_step(own, options);
+    adamw_step(reference, options);
+  }
+  const auto distance = [&](const at::Tensor& a, const at::Tensor& b) {
+    return ((a.to(at::kFloat) - b).norm() / b.norm()).item<double>();
+  };
+  EXPECT_LT(distance(own.exp_avg, reference.exp_avg), 0.01);
+  EXPECT_LT(distance(own.exp_avg_sq, reference.exp_avg_sq), 0.1);
+  const at::Tensor start = start_state(kNumel).param;
+  EXPECT_LT(distance(own.param - start, reference.param - start), 0.03);
+}
+
+TEST(AdamW, ABf16SecondMomentDecaysAtTheRightRate) {
+  // Rounded to nearest it would stay at its first value: 0.1 % is less than half of a step of bf16.
+  constexpr std::int64_t kNumel = 20'000;
+  AdamWSlice s = with_bf16_moments(start_state(kNumel));
+  s.exp_avg_sq.fill_(1.0);
+  s.grad = at::zeros({kNumel});
+  for (std::int64_t step = 1; step <= 1000; ++step) adamw_step(s, {.step = step, .rounding_key = 3});
+  const double mean = s.exp_avg_sq.to(at::kFloat).mean().item<double>();
+  EXPECT_NEAR(mean, std::pow(0.999, 1000.0), 0.01);
+}
+
+TEST(AdamW, CuttingBf16MomentsChangesNoBit) {
+  constexpr std::int64_t kNumel = 10'007;
+  AdamWSlice whole = with_bf16_moments(start_state(kNumel));
+  AdamWSlice cut = with_bf16_moments(start_state(kNumel));
+  for (std::int64_t step = 1; step <= 5; ++step) {
+    const AdamWOptions options{.lr = 1e-2, .step = step, .rounding_key = 99, .grad_scale = 0.7};
+    whole.grad = cut.grad = gradient(step, kNumel);
+    adamw_step(whole, options);
+    for (const auto& [begin, end] : {std::pair<std::int64_t, std::int64_t>{0, 17}, {17, 5000}, {5000, kNumel}}) {
+      const auto part = [&, b = begin, e = end](const at::Tensor& tensor) { return tensor.narrow(0, b, e - b); };
+      adamw_step({part(cut.param), part(cut.exp_avg), part(cut.exp_avg_sq), part(cut.grad), begin}, options);
+    }
+  }
+  EXPECT_TRUE(at::equal(whole.param, cut.param));
+  EXPECT_TRUE(at::equal(whole.exp_avg, cut.exp_avg));
+  EXPECT_TRUE(at::equal(whole.exp_avg_sq, cut.exp_avg_sq));
+  EXPECT_FALSE(at::equal(whole.exp_avg_sq, at::zeros_like(whole.exp_avg_sq)));
 }
 
 TEST(AdamW, TheNumberOfThreadsChangesNoBit) {

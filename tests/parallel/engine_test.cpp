@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include "core/error.hpp"
+#include "core/memory.hpp"
 #include "distributed/comm/thread_group.hpp"
 #include "tests/parallel/toy_run.hpp"
 
@@ -73,11 +74,39 @@ TEST(Memory, MastersAreCutUnderEveryPlanButDdpAndOneFp32CopyServesBothPurposes) 
       const Rank rank(run, world);
       const MemoryUse& held = rank.engine.memory();
       total += held.masters.current();
-      const bool frees = rank.engine.plan().reshard_after_backward;
-      EXPECT_EQ(held.compute.current(), frees ? 0 : model_bytes - held.masters.current()) << plan;
+      EXPECT_EQ(held.compute.current(), rank.engine.plan().reshard_after_backward ? 0 : model_bytes - held.masters.current()) << plan;
     });
     const int copies = plan == "ddp" ? 4 : plan.starts_with("hsdp") ? 2 : 1;
     EXPECT_EQ(total, copies * model_bytes) << plan;
+  }
+}
+
+TEST(Memory, FrozenParametersHoldNoFp32MasterWhereTheComputeDtypeHoldsTheirValues) {
+  for (const std::string& plan : all_plans()) {
+    for (const bool fits : {true, false}) {
+      const ToyRun run{
+          .frozen = Frozen::all_but_one_block, .plan = plan, .dtype = at::kBFloat16, .num_ranks = 2, .num_steps = 1};
+      run_thread_ranks(run.num_ranks, [&](Communicator& world) {
+        at::set_num_threads(1);
+        Model model(run.frozen);
+        ParallelEngine engine(model.units(), world, parallel_options(run, world.size()));
+        const auto weight_of = [&](const ShardedParameter& p) {
+          return initial_weight(*p.parameter).view({-1}).to(fits ? at::kBFloat16 : at::kFloat).to(at::kFloat);
+        };
+        for (ShardedParameter* p : engine.parameters())
+          p->slice_of(p->master).copy_(weight_of(*p).narrow(0, p->slice_offset(), p->slice_numel()));
+        engine.weights_loaded();
+        std::int64_t bytes = 0;
+        for (const ShardedParameter* p : engine.parameters()) {
+          const at::ScalarType expected = p->parameter->is_trainable ? at::kFloat : at::kBFloat16;
+          EXPECT_TRUE(!fits || p->master.scalar_type() == expected) << p->parameter->name;
+          EXPECT_TRUE(at::equal(p->slice_of(p->master).to(at::kFloat),
+                                weight_of(*p).narrow(0, p->slice_offset(), p->slice_numel())));
+          if (p->parameter->value.storage().data() != p->master.storage().data()) bytes += static_cast<std::int64_t>(p->master.nbytes());
+        }
+        EXPECT_EQ(engine.memory().masters.current(), bytes) << plan;
+      });
+    }
   }
 }
 
@@ -263,6 +292,45 @@ TEST(Engine, EveryMicroBatchLeavesFromExactlyOneRank) {
   }
 }
 
+// Bytes kept by the graph of one forward pass, by recomputation.
+std::int64_t kept_bytes(RecomputeOptions recompute, int num_earlier_steps = 0) {
+  const auto world = make_self_communicator();
+  Rank rank({.plan = "ddp", .recompute = recompute}, *world);
+  for (int i = 0; i < num_earlier_steps; ++i) run_micro_batches(rank, {.num_micro_batches = 1}, 0);
+  rank.engine.begin_step(1);
+  rank.engine.begin_micro_batch(0);
+  const std::int64_t before = tensor_bytes();
+  const at::Tensor loss = rank.model.loss(make_batch(0, 0), rank.engine.runner());
+  const std::int64_t kept = tensor_bytes() - before;
+  rank.engine.backward(loss);
+  return kept;
+}
+
+TEST(Recompute, KeepsLessTheMoreIsRecomputed) {
+  install_tensor_memory_counter();
+  const std::int64_t none = kept_bytes({});
+  const std::int64_t every_second = kept_bytes({.mode = RecomputeMode::full, .every = 2});
+  const std::int64_t selective = kept_bytes({.mode = RecomputeMode::selective});
+  const std::int64_t full = kept_bytes({.mode = RecomputeMode::full});
+  EXPECT_LT(full, selective);
+  EXPECT_LT(selective, none);
+  EXPECT_LT(full, every_second);
+  EXPECT_LT(every_second, none);
+}
+
+TEST(Recompute, ABudgetIsUsedButNotExceeded) {
+  install_tensor_memory_counter();
+  const std::int64_t none = kept_bytes({});
+  const std::int64_t full = kept_bytes({.mode = RecomputeMode::full});
+  // The first micro-batch measures, so a second one is looked at.
+  EXPECT_EQ(kept_bytes({.budget_bytes = 1}, 1), full);
+  EXPECT_EQ(kept_bytes({.budget_bytes = none}, 1), none);
+  const std::int64_t budget = (none - full) / 2;
+  const std::int64_t kept = kept_bytes({.budget_bytes = budget}, 1);
+  EXPECT_LE(kept - full, budget);
+  EXPECT_GT(kept - full, budget / 3);
+}
+
 ErrorKind kind_of(const std::function<void()>& call) {
   try {
     call();
@@ -281,7 +349,7 @@ TEST(Engine, RefusesWhatItCannotHonour) {
             ErrorKind::config);
   Model model(Frozen::nothing);
   EXPECT_EQ(kind_of([&] {
-              ParallelEngine(model.units(), *world, {.plan = find_sharding_plan("ddp"), .compute_dtype = at::kHalf});
+              ParallelEngine(model.units(), *world, {.plan = find_sharding_plan("ddp"), .compute_dtype = at::kDouble});
             }),
             ErrorKind::config);
   EXPECT_EQ(kind_of([&] {

@@ -180,11 +180,13 @@ TEST(ShardingPlan, TableHoldsFiveRows) {
 TEST(ShardingPlan, SettingsThatThePlanCannotHonourAreRefusedByName) {
   EXPECT_FALSE(resolve_sharding_plan({.name = "zero3", .reshard_after_forward = false}).reshard_after_forward);
   EXPECT_TRUE(resolve_sharding_plan({.name = "hsdp", .hsdp_shard_size = 4}).reshard_after_forward);
-  EXPECT_NE(message_of([] { resolve_sharding_plan({.name = "zero2", .reshard_after_forward = false}); })
-                .find("--reshard_after_forward = false: zero2 never frees"),
+  EXPECT_NE(message_of([] {
+              resolve_sharding_plan({.name = "zero2", .reshard_after_forward = false});
+            }).find("--reshard_after_forward = false: zero2 never frees"),
             std::string::npos);
-  EXPECT_NE(message_of([] { resolve_sharding_plan({.name = "zero3", .hsdp_shard_size = 4}); })
-                .find("--hsdp_shard_size = 4 needs --sharding hsdp"),
+  EXPECT_NE(message_of([] {
+              resolve_sharding_plan({.name = "zero3", .hsdp_shard_size = 4});
+            }).find("--hsdp_shard_size = 4 needs --sharding hsdp"),
             std::string::npos);
 }
 

@@ -106,8 +106,7 @@ void compare_on_rank(const Architecture& architecture, const toy::ToyRun& run, C
                      const Tensors& wanted) {
   at::set_num_threads(1);
   const std::unique_ptr<Model> model = make(architecture);
-  ParallelEngine engine(
-      model->units(), world, toy::parallel_options(run, world.size()));
+  ParallelEngine engine(model->units(), world, toy::parallel_options(run, world.size()));
   for (ShardedParameter* p : engine.parameters()) {
     initialize_slice(*p->parameter, kSeed, p->slice_offset(), p->slice_of(p->master));
   }

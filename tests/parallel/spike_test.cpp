@@ -1,8 +1,14 @@
 // The hardest case first: tied weights x zero3 x recomputation x frozen embeddings, against a run without the engine.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
+#include "distributed/comm/thread_group.hpp"
 #include "tests/parallel/toy_run.hpp"
 
 namespace shardtune::toy {
@@ -115,6 +121,56 @@ TEST(Training, FinalWeightsHaveTheSameBitsUnderEveryPlanAndRankCount) {
         }
       }
     }
+  }
+}
+
+TEST(Training, ALossScaleThatIsAPowerOfTwoChangesNoBitInFp32) {
+  at::set_num_threads(1);
+  ToyRun run{.frozen = Frozen::positions,
+             .plan = "zero2",
+             .num_ranks = 3,
+             .num_micro_batches = 5,
+             .num_steps = 4,
+             .max_grad_norm = 1.0};
+  const Tensors wanted = train(run);
+  run.loss_scale = 65536.0;
+  EXPECT_EQ(difference(train(run), wanted), "");
+}
+
+TEST(Training, GradientsReducedInBf16AreRoundedOnceAndCloseToThoseInFp32) {
+  at::set_num_threads(1);
+  for (const std::string& plan : all_plans()) {
+    ToyRun run{.plan = plan, .num_ranks = 4, .num_micro_batches = 6};
+    const Tensors exact = gradients(run);
+    run.reduce_dtype = at::kBFloat16;
+    double largest = 0.0;
+    for (const auto& [name, rounded] : gradients(run)) {
+      const at::Tensor error = (rounded - exact.at(name)).norm() / exact.at(name).norm();
+      largest = std::max(largest, error.item<double>());
+    }
+    EXPECT_GT(largest, 1e-4) << plan;  // it was rounded
+    EXPECT_LT(largest, 4e-3) << plan;  // half a unit in the last of bf16's eight bits
+  }
+}
+
+TEST(Training, AnOverflowOnOneRankIsSeenByAllRanks) {
+  for (const std::string& plan : all_plans()) {
+    ToyRun run{.plan = plan, .dtype = at::kHalf, .num_ranks = 4, .num_micro_batches = 4, .loss_scale = 1024.0};
+    run.make_probe = [](int rank) -> GradientProbe {
+      if (rank != 2) return nullptr;
+      return [](const std::string& unit, at::Tensor packed) {
+        if (unit == "block.1") packed[7] = std::numeric_limits<float>::infinity();
+      };
+    };
+    std::atomic<int> num_overflowed = 0;
+    run_thread_ranks(run.num_ranks, [&](Communicator& world) {
+      at::set_num_threads(1);
+      Rank rank(run, world);
+      run_micro_batches(rank, run, 0);
+      num_overflowed += std::isfinite(rank.engine.grad_norm()) ? 0 : 1;
+      rank.engine.after_optimizer_step();
+    });
+    EXPECT_EQ(num_overflowed, 4) << plan;
   }
 }
 

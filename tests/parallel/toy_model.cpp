@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <memory>
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -9,6 +10,7 @@
 
 #include "core/hash.hpp"
 #include "core/rng.hpp"
+#include "kernels/attention.hpp"
 
 namespace shardtune::toy {
 namespace {
@@ -29,6 +31,15 @@ Tensors micro_batch_gradients(Model& model, std::int64_t index) {
     p->value.mutable_grad().reset();
   }
   return gradients;
+}
+
+// One segment, two heads of width 20; queries, keys and values are the same.
+at::Tensor attend(const at::Tensor& x_TD, const std::shared_ptr<RecomputeContext>& context) {
+  const at::Tensor x_THK = x_TD.view({-1, 2, kWidth / 2});
+  const auto offsets = std::make_shared<const std::vector<std::int64_t>>(std::vector<std::int64_t>{0, x_TD.size(0)});
+  return varlen_attention(
+      x_THK, x_THK, x_THK,
+      {.segment_offsets = offsets, .is_causal = true, .scale = 0.25, .dropout = {}, .recompute = context});
 }
 
 Tensors tree_sum(const std::vector<Tensors>& leaves, std::size_t begin, std::size_t width) {
@@ -106,11 +117,13 @@ at::Tensor Model::loss(const Batch& batch, UnitRunner& runner) {
   for (std::size_t i = 1; i < units_.size(); ++i) {
     Unit& block = units_[i];
     if (!use_last_block && i + 1 == units_.size()) break;
-    const auto forward = [this, &block](const UnitRunner::Tensors& in) -> UnitRunner::Tensors {
+    const auto context = runner.recompute_context(block);
+    const auto forward = [this, &block, context](const UnitRunner::Tensors& in) -> UnitRunner::Tensors {
       if (in_block) in_block(block);
       const auto value = [&](std::size_t k) -> const at::Tensor& { return block.parameters[k]->value; };
       const at::Tensor normed = at::layer_norm(in[0], {kWidth}, value(0), value(1));
-      const at::Tensor inner = at::gelu(at::linear(normed, value(2), value(3)));
+      const at::Tensor mixed = attend(normed, context).view({-1, kWidth});
+      const at::Tensor inner = at::gelu(at::linear(mixed, value(2), value(3)));
       return {in[0] + at::linear(inner, value(4)), in[1] * 0.5 + in[0], in[2], at::Tensor()};
     };
     const UnitRunner::Tensors out = runner.run(block, {x_TD, skip_TD, batch.ids_T, at::Tensor()}, forward);

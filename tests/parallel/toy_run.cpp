@@ -40,12 +40,16 @@ void optimizer_step(Rank& rank, const ToyRun& run, std::vector<AdamWSlice>& stat
   const auto trainable = rank.engine.trainable();
   for (std::size_t i = 0; i < trainable.size(); ++i) {
     const ShardedParameter& p = *trainable[i];
-    if (state.size() <= i) state.push_back({p.master, at::zeros_like(p.master), at::zeros_like(p.master), {}});
+    if (state.size() <= i) {
+      const auto zeros = [&] { return at::zeros({p.master.numel()}, run.state_dtype); };
+      state.push_back({p.master, zeros(), zeros(), {}, p.master_offset});
+    }
     state[i].grad = p.gradient;
     adamw_step(state[i], {.lr = 1e-2,
                           .weight_decay = has_weight_decay(*p.parameter) ? 0.1 : 0.0,
                           .step = step + 1,
-                          .grad_scale = clip_factor(norm, run.max_grad_norm)});
+                          .rounding_key = i,
+                          .grad_scale = clip_factor(norm, run.max_grad_norm) / run.loss_scale});
     state[i].grad.reset();
   }
 }
@@ -58,8 +62,10 @@ ParallelOptions with_probe(ParallelOptions options, const ToyRun& run, int rank)
 }  // namespace
 
 std::string ToyRun::describe() const {
-  return fmt::format("{} {} ranks {} V {} {}{}", plan, at::toString(dtype), num_ranks, num_micro_batches,
-                     checkpointing ? "recomputed" : "kept", fmt::format(" frozen {}", static_cast<int>(frozen)));
+  const char* modes[] = {"kept", "recomputed", "selective"};
+  return fmt::format("{} {} ranks {} V {} {} every {} frozen {}", plan, at::toString(dtype), num_ranks,
+                     num_micro_batches, modes[checkpointing ? 1 : static_cast<int>(recompute.mode)], recompute.every,
+                     static_cast<int>(frozen));
 }
 
 std::vector<std::string> all_plans() { return {"ddp", "zero1", "zero2", "zero3", "zero3_kept", "hsdp", "hsdp_kept"}; }
@@ -74,7 +80,8 @@ ParallelOptions parallel_options(const ToyRun& run, int num_ranks) {
   return {.plan = resolve_sharding_plan(request),
           .hsdp_shard_size = request.hsdp_shard_size,
           .compute_dtype = run.dtype,
-          .gradient_checkpointing = run.checkpointing};
+          .reduce_dtype = run.reduce_dtype,
+          .recompute = run.checkpointing ? RecomputeOptions{.mode = RecomputeMode::full} : run.recompute};
 }
 
 Rank::Rank(const ToyRun& run, Communicator& world)
@@ -96,7 +103,8 @@ void run_micro_batches(Rank& rank, const ToyRun& run, std::int64_t step) {
     if (index < 0 && !engine.runs_every_round()) continue;
     engine.begin_micro_batch(round);
     constexpr std::int64_t kDummy = 1000;
-    engine.backward(rank.model.loss(make_batch(step, index < 0 ? kDummy : index), engine.runner()));
+    const at::Tensor loss = rank.model.loss(make_batch(step, index < 0 ? kDummy : index), engine.runner());
+    engine.backward(run.loss_scale == 1.0 ? loss : loss * run.loss_scale);
   }
   engine.finish_step();
 }
@@ -115,7 +123,7 @@ double train_on_rank(const ToyRun& run, Communicator& world, const Sink& sink) {
   double norm = 0.0;
   for (std::int64_t step = 0; step < run.num_steps; ++step) {
     run_micro_batches(rank, run, step % run.num_distinct_steps);
-    norm = rank.engine.grad_norm();
+    norm = rank.engine.grad_norm() / run.loss_scale;
     optimizer_step(rank, run, state, step, norm);
     rank.engine.after_optimizer_step();
   }

@@ -15,12 +15,16 @@ struct ToyRun {
   Frozen frozen = Frozen::nothing;
   std::string plan = "zero3";  // a plan's name, or "zero3_kept", "hsdp_kept": reshard_after_forward off
   at::ScalarType dtype = at::kFloat;
-  bool checkpointing = false;
+  bool checkpointing = false;       // full recomputation
+  RecomputeOptions recompute = {};  // when not `checkpointing`
   int num_ranks = 1;
   std::int64_t num_micro_batches = 1;
   std::int64_t num_steps = 1;              // for train()
   double max_grad_norm = 0.0;              // for train()
   std::int64_t num_distinct_steps = 1000;  // train() repeats the batches after so many steps
+  at::ScalarType reduce_dtype = at::kFloat;
+  at::ScalarType state_dtype = at::kFloat;  // of AdamW's moments
+  double loss_scale = 1.0;                  // a power of two; taken out again before the optimizer
   // Made on every rank; may return an empty probe.
   std::function<GradientProbe(int rank)> make_probe = {};
   std::string describe() const;

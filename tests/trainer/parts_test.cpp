@@ -6,8 +6,10 @@
 #include <nlohmann/json.hpp>
 
 #include "core/error.hpp"
+#include "trainer/loss_scaler.hpp"
 #include "trainer/metrics.hpp"
 #include "trainer/observer.hpp"
+#include "trainer/run_state.hpp"
 #include "trainer/schedule.hpp"
 
 namespace shardtune {
@@ -35,6 +37,40 @@ TEST(Schedule, SharesOfAllStepsRoundUpAsInHuggingFace) {
   EXPECT_EQ(resolve_warmup(5, 0, 101), 5);
   EXPECT_EQ(resolve_interval(0.25, 10), 3);
   EXPECT_EQ(resolve_interval(500, 10), 500);
+}
+
+// torch.amp.GradScaler with its defaults.
+TEST(LossScaler, HalvesOnOverflowAndDoublesAfterTwoThousandGoodSteps) {
+  LossScaler scaler(LossScaler::kInitialScale, 0);
+  EXPECT_EQ(scaler.scale(), 65536.0);
+  for (int i = 0; i < 1999; ++i) scaler.update(false);
+  EXPECT_EQ(scaler.scale(), 65536.0);
+  scaler.update(true);
+  EXPECT_EQ(scaler.scale(), 32768.0);
+  for (int i = 0; i < 1999; ++i) scaler.update(false);
+  EXPECT_EQ(scaler.scale(), 32768.0);
+  EXPECT_EQ(scaler.growth_tracker(), 1999);
+  scaler.update(false);
+  EXPECT_EQ(scaler.scale(), 65536.0);
+  EXPECT_EQ(scaler.growth_tracker(), 0);
+  for (int i = 0; i < 16; ++i) scaler.update(true);
+  EXPECT_EQ(scaler.scale(), 1.0);
+  EXPECT_THROW(scaler.update(true), Error);
+}
+
+TEST(LossScaler, IsOffByDefaultAndSurvivesACheckpoint) {
+  LossScaler off;
+  off.update(true);
+  EXPECT_EQ(off.scale(), 1.0);
+  RunState state;
+  EXPECT_FALSE(RunState::from_json(state.to_json(), "test").scaler.is_on());
+  state.scaler = LossScaler(4096.0, 17);
+  state.skipped_steps = 3;
+  const RunState read = RunState::from_json(state.to_json(), "test");
+  EXPECT_TRUE(read.scaler.is_on());
+  EXPECT_EQ(read.scaler.scale(), 4096.0);
+  EXPECT_EQ(read.scaler.growth_tracker(), 17);
+  EXPECT_EQ(read.skipped_steps, 3);
 }
 
 // sklearn.metrics.f1_score([0,0,1,1,2,2,2],[0,1,1,1,2,0,2], average="macro")

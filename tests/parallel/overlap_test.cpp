@@ -1,0 +1,78 @@
+// The order in which communication is issued: early enough to be hidden. (How much is hidden: benchmarks/overlap.)
+#include <algorithm>
+
+#include <ATen/Parallel.h>
+#include <gtest/gtest.h>
+
+#include "distributed/comm/thread_group.hpp"
+#include "tests/parallel/toy_run.hpp"
+#include "tests/parallel/wrapping_communicator.hpp"
+
+namespace shardtune::toy {
+namespace {
+
+using Events = std::vector<std::string>;
+
+// What rank 0 of two issues and computes in one step.
+Events events_of_a_step(ToyRun run) {
+  run.num_ranks = 2;
+  Events events;
+  run_thread_ranks(2, [&](Communicator& world) {
+    at::set_num_threads(1);
+    const bool is_watched = world.rank() == 0;
+    CommunicatorHooks hooks;
+    if (is_watched) hooks.before = [&](const std::string& operation) { events.push_back(operation); };
+    WrappingCommunicator watched(world, hooks);
+    Rank rank(run, watched);
+    if (is_watched) {
+      events.clear();
+      rank.model.in_block = [&](const Unit& unit) { events.push_back(unit.name); };
+    }
+    run_micro_batches(rank, run, 0);
+    rank.engine.after_optimizer_step();
+  });
+  return events;
+}
+
+TEST(Order, UnderZero3TheNextUnitIsGatheredBeforeAUnitComputes) {
+  const Events events = events_of_a_step({.plan = "zero3", .checkpointing = true, .num_micro_batches = 2});
+  EXPECT_EQ(events, (Events{"all_gather", "all_gather",                                      // root, block 0
+                            "all_gather", "block.0", "all_gather", "block.1", "block.2",     // forward
+                            "all_gather", "all_gather", "block.2", "all_to_all",             // 2 again, 1; reduce 2
+                            "all_gather", "block.1", "all_to_all", "block.0", "all_to_all",  // 0; reduce 1, 0
+                            "all_to_all"}));                                                 // root
+}
+
+TEST(Order, UnderDdpNothingIsSentBeforeTheLastRoundAndThenUnitByUnit) {
+  // The gradients of block 2 leave while block 1 is recomputed, its finished slices are gathered one unit later.
+  const Events events = events_of_a_step({.plan = "ddp", .checkpointing = true, .num_micro_batches = 4});
+  EXPECT_EQ(events,
+            (Events{"block.0", "block.1",    "block.2",    "block.2",    "block.1",    "block.0",  // first round
+                    "block.0", "block.1",    "block.2",                                            // second, forward
+                    "block.2", "all_to_all", "block.1",    "all_to_all", "all_gather",             //
+                    "block.0", "all_to_all", "all_gather", "all_to_all", "all_gather", "all_gather"}));
+}
+
+TEST(Order, Zero1SendsOnceAStepAndZero2EveryRound) {
+  const auto count = [](const Events& events, const std::string& what) {
+    return std::count(events.begin(), events.end(), what);
+  };
+  const Events once = events_of_a_step({.plan = "zero1", .num_micro_batches = 8});
+  EXPECT_EQ(count(once, "all_to_all"), 4);
+  EXPECT_EQ(count(once, "all_gather"), 4);  // new weights
+  const Events often = events_of_a_step({.plan = "zero2", .num_micro_batches = 8});
+  EXPECT_EQ(count(often, "all_to_all"), 16);
+  EXPECT_EQ(count(often, "all_gather"), 4);
+}
+
+TEST(Order, WeightsThatAreKeptAfterTheForwardPassAreGatheredOnce) {
+  const auto gathers = [](const char* plan) {
+    const Events events = events_of_a_step({.plan = plan, .num_micro_batches = 4});
+    return std::count(events.begin(), events.end(), "all_gather");
+  };
+  EXPECT_EQ(gathers("zero3"), 1 + 2 * 2 * 3);
+  EXPECT_EQ(gathers("zero3_kept"), 1 + 2 * 3);
+}
+
+}  // namespace
+}  // namespace shardtune::toy

@@ -1,0 +1,100 @@
+// The parity matrix on thread ranks, and that it is able to fail.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <gtest/gtest.h>
+
+#include "distributed/comm/thread_group.hpp"
+#include "tests/parallel/parity_cases.hpp"
+#include "tests/parallel/wrapping_communicator.hpp"
+
+namespace shardtune::toy {
+namespace {
+
+class Parity : public testing::TestWithParam<int> {};
+
+TEST_P(Parity, FinalWeightsHaveTheBitsOfOneRank) {
+  at::set_num_threads(1);
+  const ParityRow row = parity_rows()[static_cast<std::size_t>(GetParam())];
+  double wanted_norm = 0.0;
+  const Tensors wanted = train(row.base, &wanted_norm);
+  EXPECT_GT(wanted_norm, 1.0) << "clipping must be at work";
+  int num_checked = 0;
+  for (const std::string& plan : all_plans()) {
+    for (const RecomputeOptions& recompute : row.recompute) {
+      for (const int ranks : {1, 2, 3, 4, 8}) {
+        ToyRun run = row.base;
+        run.plan = plan;
+        run.recompute = recompute;
+        run.num_ranks = ranks;
+        double norm = 0.0;
+        EXPECT_EQ(difference(train(run, &norm), wanted), "") << run.describe();
+        EXPECT_EQ(norm, wanted_norm) << run.describe();
+        ++num_checked;
+      }
+    }
+  }
+  EXPECT_EQ(num_checked, 7 * 3 * 5);
+}
+
+std::string name_of(const testing::TestParamInfo<int>& info) {
+  const ToyRun base = parity_rows()[static_cast<std::size_t>(info.param)].base;
+  return std::string(at::toString(base.dtype)) + std::to_string(base.num_micro_batches) + "MicroBatches";
+}
+
+INSTANTIATE_TEST_SUITE_P(Matrix, Parity, testing::Range(0, 6), name_of);
+
+// A planted bug per kind of communication: each must turn the comparison red under every plan that communicates so.
+enum class Bug { gradient_scaled, gradient_slice_lost, gather_bit_flipped, reduction_bit_flipped };
+
+bool is_red(const ToyRun& base, const std::string& plan, Bug bug, const Tensors& wanted) {
+  ToyRun run = base;
+  run.plan = plan;
+  run.num_ranks = 4;
+  run.make_probe = [bug](int rank) -> GradientProbe {
+    if (rank != 1) return nullptr;
+    if (bug == Bug::gradient_scaled) return [](const std::string&, at::Tensor packed) { packed.mul_(1.0F + 1e-3F); };
+    if (bug == Bug::gradient_slice_lost) {
+      return [](const std::string& unit, at::Tensor packed) {
+        if (unit == "block.1") packed.narrow(0, packed.numel() - 256, 256).zero_();
+      };
+    }
+    return nullptr;
+  };
+  bool is_different = false;
+  run_thread_ranks(run.num_ranks, [&](Communicator& world) {
+    CommunicatorHooks hooks;
+    int num_seen = 0;
+    hooks.after = [&](const std::string& operation, const at::Tensor& out) {
+      const bool is_hit = (bug == Bug::gather_bit_flipped && operation == "all_gather") ||
+                          (bug == Bug::reduction_bit_flipped && operation == "all_to_all");
+      if (!is_hit || out.scalar_type() != run.dtype || out.numel() < 1000 || ++num_seen != 4) return;
+      out.flatten()[out.abs().argmax().item<std::int64_t>()].neg_();  // a flipped sign
+    };
+    WrappingCommunicator spoiled(world, hooks);
+    Communicator& used = world.rank() == 1 ? static_cast<Communicator&>(spoiled) : world;
+    bool is_different_here = false;
+    train_on_rank(run, used, [&](const ShardedParameter& p, const at::Tensor& master) {
+      const at::Tensor whole = wanted.at(p.parameter->name).reshape({-1});
+      is_different_here = is_different_here || !at::equal(master, whole.narrow(0, p.master_offset, master.numel()));
+    });
+    at::Tensor word = at::full({1}, is_different_here ? 1 : 0, at::kLong);
+    world.all_reduce(word, ReduceOp::max).wait();
+    if (world.rank() == 0) is_different = word.item<std::int64_t>() != 0;
+  });
+  return is_different;
+}
+
+TEST(PlantedBug, TurnsTheMatrixRedUnderEveryPlan) {
+  at::set_num_threads(1);
+  const ToyRun base = parity_rows()[0].base;
+  const Tensors wanted = train(base);
+  for (const std::string& plan : all_plans()) {
+    for (const Bug bug :
+         {Bug::gradient_scaled, Bug::gradient_slice_lost, Bug::gather_bit_flipped, Bug::reduction_bit_flipped}) {
+      EXPECT_TRUE(is_red(base, plan, bug, wanted)) << plan << " bug " << static_cast<int>(bug);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace shardtune::toy

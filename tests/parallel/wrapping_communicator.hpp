@@ -1,0 +1,64 @@
+#pragma once
+// A Communicator that lets a test see every operation before it is issued, and its result when it is there.
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "distributed/comm/communicator.hpp"
+
+namespace shardtune::toy {
+
+struct CommunicatorHooks {
+  std::function<void(const std::string& operation)> before = [](const std::string&) {};
+  std::function<void(const std::string& operation, at::Tensor out)> after = [](const std::string&, const at::Tensor&) {
+  };
+};
+
+// Same rules as the wrapped one; split() wraps, too.
+class WrappingCommunicator final : public Communicator {
+ public:
+  WrappingCommunicator(Communicator& inner, CommunicatorHooks hooks) : inner_(&inner), hooks_(std::move(hooks)) {}
+
+  int rank() const override { return inner_->rank(); }
+  int size() const override { return inner_->size(); }
+  Work all_reduce(at::Tensor tensor, ReduceOp op) override {
+    return wrap("all_reduce", tensor, [&] { return inner_->all_reduce(tensor, op); });
+  }
+  Work all_gather(at::Tensor out, at::Tensor in, Counts counts) override {
+    return wrap("all_gather", out, [&] { return inner_->all_gather(out, in, counts); });
+  }
+  Work reduce_scatter(at::Tensor out, at::Tensor in, Counts counts) override {
+    return wrap("reduce_scatter", out, [&] { return inner_->reduce_scatter(out, in, counts); });
+  }
+  Work all_to_all(at::Tensor out, Counts out_counts, at::Tensor in, Counts in_counts) override {
+    return wrap("all_to_all", out, [&] { return inner_->all_to_all(out, out_counts, in, in_counts); });
+  }
+  Work broadcast(at::Tensor tensor, int root) override {
+    return wrap("broadcast", tensor, [&] { return inner_->broadcast(tensor, root); });
+  }
+  void barrier() override { inner_->barrier(); }
+  std::unique_ptr<Communicator> split(int color, int key) override {
+    std::unique_ptr<Communicator> part = inner_->split(color, key);
+    auto wrapped = std::make_unique<WrappingCommunicator>(*part, hooks_);
+    wrapped->owned_ = std::move(part);
+    return wrapped;
+  }
+
+ private:
+  template <class Issue>
+  Work wrap(const std::string& operation, const at::Tensor& out, const Issue& issue) {
+    hooks_.before(operation);
+    auto work = std::make_shared<Work>(issue());
+    return Work([this, operation, out, work] {
+      work->wait();
+      hooks_.after(operation, out);
+    });
+  }
+
+  Communicator* inner_;
+  std::unique_ptr<Communicator> owned_;
+  CommunicatorHooks hooks_;
+};
+
+}  // namespace shardtune::toy
