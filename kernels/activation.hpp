@@ -1,6 +1,6 @@
 #pragma once
-// Point-wise activations by their Hugging Face names (transformers' ACT2FN). fp32 or bf16; the value is computed in
-// fp32.
+// Point-wise activations by their Hugging Face names (transformers' ACT2FN). fp32, bf16 or fp16; the value is computed
+// in fp32.
 #include <optional>
 #include <string>
 #include <string_view>

@@ -23,10 +23,11 @@ struct HeadOptions {
 };
 
 // Language-model head and loss in one: logits = hidden weight^T, loss_scale * sum of the losses of the labelled rows.
-// hidden [T, D], weight [V, D] fp32 or bf16, labels [T]. Only labelled rows are multiplied, chunk by chunk; the [T, V]
-// logits never exist. The gradients are made in the forward pass (recipe: Liger kernel's fused linear cross-entropy,
-// Hsu et al. 2024) and are all that is saved: d hidden [T, D] and d weight [V, D] in fp32. Without gradient mode, or
-// where neither input wants one, only the loss is computed. In bf16 logits are rounded to bf16, as in transformers.
+// hidden [T, D], weight [V, D] fp32, bf16 or fp16, labels [T]. Only labelled rows are multiplied, chunk by chunk; the
+// [T, V] logits never exist. The gradients are made in the forward pass (recipe: Liger kernel's fused linear
+// cross-entropy, Hsu et al. 2024) and are all that is saved: d hidden [T, D] and d weight [V, D] in fp32. Without
+// gradient mode, or where neither input wants one, only the loss is computed. In bf16 logits are rounded to bf16, as in
+// transformers.
 at::Tensor linear_cross_entropy_sum(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& labels,
                                     const HeadOptions& options);
 at::Tensor linear_cross_entropy_sum_reference(const at::Tensor& hidden, const at::Tensor& weight,

@@ -24,7 +24,8 @@ struct DropoutSite {
 // Off unless the context is training. `site` numbers the places of a model; it must never change for a given place.
 DropoutSite make_dropout_site(const ForwardContext& context, std::int64_t site, double probability);
 
-// x: fp32 or bf16 of any shape, taken as one row (r = 0) of numel elements in logical order. Returns x itself when off.
+// x: fp32, bf16 or fp16 of any shape, taken as one row (r = 0) of numel elements in logical order. Returns x itself
+// when off.
 at::Tensor dropout(const at::Tensor& x, const DropoutSite& site);
 at::Tensor dropout_reference(const at::Tensor& x, const DropoutSite& site);
 

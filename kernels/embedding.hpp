@@ -1,5 +1,5 @@
 #pragma once
-// Rows of a table. ids [T] int64, weight [V, D] fp32 or bf16, result [T, D] of the weight's dtype.
+// Rows of a table. ids [T] int64, weight [V, D] fp32, bf16 or fp16, result [T, D] of the weight's dtype.
 // Backward adds the rows of the incoming gradient in the order of the tokens, in fp32, so the bits do not depend on the
 // number of threads; it allocates the fp32 gradient [V, D] and nothing else.
 // An id outside [0, V) is Error{data} naming the position and both numbers.

@@ -1,5 +1,5 @@
 #pragma once
-// activation(gate) * up, the middle of Llama's MLP. gate, up [T, F], fp32 or bf16.
+// activation(gate) * up, the middle of Llama's MLP. gate, up [T, F], fp32, bf16 or fp16.
 #include <ATen/core/Tensor.h>
 
 namespace shardtune {

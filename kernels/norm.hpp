@@ -1,8 +1,8 @@
 #pragma once
-// Normalisation of the last dimension. x [T, D], weight and bias [D]; fp32 or bf16, all of one dtype. Statistics and
-// sums are taken in fp32 or better, those of weight and bias gradients too (ATen's CPU layer norm sums them in bf16).
-// The bits do not depend on the number of threads. Each saves x, the weight (a reference) and one or two fp32 numbers
-// per row.
+// Normalisation of the last dimension. x [T, D], weight and bias [D]; fp32, bf16 or fp16, all of one dtype. Statistics
+// and sums are taken in fp32 or better, those of weight and bias gradients too (ATen's CPU layer norm sums them in
+// bf16). The bits do not depend on the number of threads. Each saves x, the weight (a reference) and one or two fp32
+// numbers per row.
 #include <ATen/core/Tensor.h>
 
 namespace shardtune {

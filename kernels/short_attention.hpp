@@ -1,7 +1,7 @@
 #pragma once
-// Private to kernels/: attention of segments that fit a core's cache, forward and backward, fp32 or bf16 in and out,
-// fp32 inside. One task per (segment, key/value head), so nothing is shared between threads and their number changes no
-// bit; with dropout or without it is the same pass. Legend as in attention.hpp.
+// Private to kernels/: attention of segments that fit a core's cache, forward and backward, fp32, bf16 or fp16 in and
+// out, fp32 inside. One task per (segment, key/value head), so nothing is shared between threads and their number
+// changes no bit; with dropout or without it is the same pass. Legend as in attention.hpp.
 #include <cstdint>
 
 #include <ATen/core/Tensor.h>

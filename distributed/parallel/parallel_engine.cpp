@@ -63,19 +63,25 @@ void ParallelEngine::weights_loaded() {
     unit->reshard();
     unit->gather_masters();
   }
-  refresh_compute_copies(/*trainable_only=*/false);
-  for (const auto& unit : units_) unit->drop_frozen_masters();
-}
-
-// One unit ahead: the next gather runs while this one is unpacked.
-void ParallelEngine::refresh_compute_copies(bool trainable_only) {
+  // One unit ahead: the next gather runs while this one is unpacked.
   ShardUnit* before = nullptr;
   for (const auto& unit : units_) {
-    unit->begin_refresh(trainable_only);
+    unit->begin_refresh();
     if (before != nullptr) before->finish_refresh();
     before = unit.get();
   }
   before->finish_refresh();
+  for (const auto& unit : units_) unit->drop_frozen_masters();
+}
+
+// What the forward pass has not brought up to date, in the order in which it would have been.
+void ParallelEngine::complete_kept_copies() {
+  if (options_.plan.reshard_after_backward) return;
+  for (std::size_t i = 0; i < units_.size(); ++i) {
+    units_[i]->begin_unshard();
+    if (i + 1 < units_.size()) units_[i + 1]->begin_unshard();
+    units_[i]->unshard();
+  }
 }
 
 void ParallelEngine::drop_gathers() {
@@ -166,6 +172,7 @@ void ParallelEngine::finish_ready_units() {
 
 void ParallelEngine::backward(const at::Tensor& loss) {
   expect(Phase::in_micro_batch, "backward");
+  complete_kept_copies();
   torch::autograd::backward({loss}, {});
   // Left are the root (its gradients come from the outer graph, complete only now) and units the loss does not depend
   // on.
@@ -181,6 +188,7 @@ void ParallelEngine::backward(const at::Tensor& loss) {
 
 void ParallelEngine::finish_step() {
   expect(Phase::in_step, "finish_step");
+  complete_kept_copies();
   drop_gathers();
   reshard_roots();
   while (next_finish_ < finish_order_.size()) reducer_.finish(*finish_order_[next_finish_++]);
@@ -201,8 +209,10 @@ void ParallelEngine::scale_gradients(double factor) {
 
 void ParallelEngine::after_optimizer_step() {
   expect(Phase::finished, "after_optimizer_step");
-  for (const auto& unit : units_) unit->release_gradients();
-  refresh_compute_copies(/*trainable_only=*/true);
+  for (const auto& unit : units_) {
+    unit->release_gradients();
+    unit->masters_changed();
+  }
   phase_ = Phase::idle;
 }
 
@@ -214,6 +224,7 @@ void ParallelEngine::reset_memory_peaks() noexcept {
 
 EvaluationScope::EvaluationScope(ParallelEngine& engine) : engine_(engine), had_grad_mode_(at::GradMode::is_enabled()) {
   engine_.expect(ParallelEngine::Phase::idle, "EvaluationScope");
+  engine_.complete_kept_copies();
   engine_.unshard_roots();
   at::GradMode::set_enabled(false);
 }

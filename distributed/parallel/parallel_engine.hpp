@@ -73,7 +73,9 @@ class ParallelEngine {
 
   // Local. Drops what an abandoned step left; a step may be abandoned before any rank's last micro-batch.
   void begin_step(std::int64_t num_micro_batches);
-  // Collective where runs_every_round(); gathers the root unit for the rest of the step.
+  // Collective where runs_every_round(); gathers the root unit for the rest of the step. (Under zero1 and zero2 the
+  // first micro-batch of a step also gathers weights that the optimizer has changed; a rank that has none gathers them
+  // in finish_step().)
   void begin_micro_batch(std::int64_t round);
   // Runs autograd from `loss` (a scalar that requires grad) and completes every unit. Collective where
   // runs_every_round().
@@ -85,8 +87,8 @@ class ParallelEngine {
   double grad_norm();
   // Local. Multiplies the gradients in place (an optimizer may take the factor itself instead).
   void scale_gradients(double factor);
-  // Frees the gradients and refreshes the compute copies from the masters; collective where masters are cut and
-  // compute copies are kept (zero1, zero2). Also for a skipped step.
+  // Local. Frees the gradients; the compute copies are made anew from the masters, at once where these are whole, unit
+  // by unit in the next forward pass where they are cut (zero1, zero2). Also for a skipped step.
   void after_optimizer_step();
 
   const MemoryUse& memory() const noexcept { return memory_; }
@@ -101,7 +103,7 @@ class ParallelEngine {
   void complete(ShardUnit& unit);
   void finish_ready_units();
   bool is_last_of_rank(std::int64_t round) const;
-  void refresh_compute_copies(bool trainable_only);
+  void complete_kept_copies();
   void drop_gathers();
   void reshard_roots() noexcept;
   void unshard_roots();

@@ -138,15 +138,17 @@ void ShardUnit::drop_gather() {
 }
 
 void ShardUnit::begin_unshard() {
-  if (!is_unsharded_ && !gather_) begin_gather(false);
+  if (!is_unsharded_ && !gather_) begin_gather(/*trainable_only=*/!frees_storage());
 }
 
 void ShardUnit::unshard() {
   if (is_unsharded_) return;
   begin_unshard();
   gather_->work.wait();  // before memory is taken for the result
-  for (const ShardedParameter& p : parameters_) resize_storage(p.parameter->value, copy_bytes(*p.parameter));
-  context_.memory.compute.add(copy_bytes_);
+  if (frees_storage()) {
+    for (const ShardedParameter& p : parameters_) resize_storage(p.parameter->value, copy_bytes(*p.parameter));
+    context_.memory.compute.add(copy_bytes_);
+  }
   is_unsharded_ = true;
   finish_gather();
 }
@@ -158,18 +160,33 @@ void ShardUnit::reshard() noexcept {
   is_unsharded_ = false;
 }
 
-void ShardUnit::begin_refresh(bool trainable_only) {
-  if (frees_storage() || (trainable_only && !has_trainable_)) return;
-  if (context_.grid.num_shards() > 1) return begin_gather(trainable_only);
+void ShardUnit::begin_refresh() {
+  if (frees_storage()) return;
+  if (context_.grid.num_shards() > 1) return begin_gather(/*trainable_only=*/false);
+  copy_masters(/*trainable_only=*/false);
+}
+
+void ShardUnit::finish_refresh() {
+  if (frees_storage() || !gather_) return;
+  finish_gather();
+  is_unsharded_ = true;
+}
+
+void ShardUnit::masters_changed() {
+  if (frees_storage() || !has_trainable_) return;
+  if (context_.grid.num_shards() > 1) {
+    is_unsharded_ = false;
+  } else {
+    copy_masters(/*trainable_only=*/true);
+  }
+}
+
+void ShardUnit::copy_masters(bool trainable_only) {
   if (!has_copies_) return;
   const at::NoGradGuard no_grad;
   for (const ShardedParameter& p : parameters_) {
     if (p.parameter->is_trainable || !trainable_only) raw_flat(p.parameter->value).copy_(p.master);
   }
-}
-
-void ShardUnit::finish_refresh() {
-  if (!frees_storage() && gather_) finish_gather();
 }
 
 void ShardUnit::gather_replicas(const ShardedParameter& parameter, at::Tensor like_master) {

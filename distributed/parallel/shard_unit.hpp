@@ -46,8 +46,8 @@ class ShardUnit {
   const std::vector<ShardedParameter>& parameters() const noexcept { return parameters_; }
   bool has_trainable() const noexcept { return has_trainable_; }
 
-  // Fills the compute copies where the plan frees them: one all_gather over the shards. Collective unless the unit is
-  // unsharded already. begin_unshard() is optional and may be repeated.
+  // Fills the compute copies where the plan frees them or they are out of date: one all_gather over the shards.
+  // Collective unless the unit is unsharded already. begin_unshard() is optional and may be repeated.
   void begin_unshard();
   void unshard();
   bool is_unsharded() const noexcept { return is_unsharded_; }
@@ -77,10 +77,12 @@ class ShardUnit {
   // Frozen parameters whose values fit into the compute dtype: that shard instead of the fp32 one, and none but the
   // compute copy where that is kept whole. Local.
   void drop_frozen_masters();
-  // Compute copies that the plan keeps := masters, of all parameters or of the trainable ones. Collective where masters
-  // are cut.
-  void begin_refresh(bool trainable_only);
+  // Compute copies that the plan keeps := masters. Collective where masters are cut.
+  void begin_refresh();
   void finish_refresh();
+  // The masters of the trainable parameters have changed. Local: where masters are cut, the compute copies that the
+  // plan keeps are out of date until the next unshard().
+  void masters_changed();
 
  private:
   struct Gather {
@@ -95,6 +97,7 @@ class ShardUnit {
   void begin_gather(bool trainable_only);
   void finish_gather();
   void unpack(const Gather& gather);
+  void copy_masters(bool trainable_only);  // to compute copies; masters are whole
 
   Unit& unit_;
   ShardContext context_;

@@ -99,7 +99,9 @@ TEST(Memory, FrozenParametersHoldNoFp32MasterWhereTheComputeDtypeHoldsTheirValue
         std::int64_t bytes = 0;
         for (const ShardedParameter* p : engine.parameters()) {
           const bool is_small = !p->parameter->is_trainable;
-          if (fits) EXPECT_EQ(p->master.scalar_type(), is_small ? at::kBFloat16 : at::kFloat) << p->parameter->name;
+          if (fits) {
+            EXPECT_EQ(p->master.scalar_type(), is_small ? at::kBFloat16 : at::kFloat) << p->parameter->name;
+          }
           EXPECT_TRUE(at::equal(p->slice_of(p->master).to(at::kFloat),
                                 weight_of(*p).narrow(0, p->slice_offset(), p->slice_numel())));
           const bool is_alias = p->parameter->value.storage().data() == p->master.storage().data();

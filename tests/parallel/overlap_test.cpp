@@ -14,7 +14,7 @@ namespace {
 using Events = std::vector<std::string>;
 
 // What rank 0 of two issues and computes in one step.
-Events events_of_a_step(ToyRun run) {
+Events events_of_a_step(ToyRun run, int num_earlier_steps = 0) {
   run.num_ranks = 2;
   Events events;
   run_thread_ranks(2, [&](Communicator& world) {
@@ -24,6 +24,10 @@ Events events_of_a_step(ToyRun run) {
     if (is_watched) hooks.before = [&](const std::string& operation) { events.push_back(operation); };
     WrappingCommunicator watched(world, hooks);
     Rank rank(run, watched);
+    for (int i = 0; i < num_earlier_steps; ++i) {
+      run_micro_batches(rank, run, i);
+      rank.engine.after_optimizer_step();
+    }
     if (is_watched) {
       events.clear();
       rank.model.in_block = [&](const Unit& unit) { events.push_back(unit.name); };
@@ -59,10 +63,16 @@ TEST(Order, Zero1SendsOnceAStepAndZero2EveryRound) {
   };
   const Events once = events_of_a_step({.plan = "zero1", .num_micro_batches = 8});
   EXPECT_EQ(count(once, "all_to_all"), 4);
-  EXPECT_EQ(count(once, "all_gather"), 4);  // new weights
+  EXPECT_EQ(count(once, "all_gather"), 0);  // new weights are gathered in the next step
   const Events often = events_of_a_step({.plan = "zero2", .num_micro_batches = 8});
   EXPECT_EQ(count(often, "all_to_all"), 16);
-  EXPECT_EQ(count(often, "all_gather"), 4);
+  EXPECT_EQ(count(often, "all_gather"), 0);
+}
+
+TEST(Order, UnderZero1NewWeightsAreGatheredDuringTheNextForwardPass) {
+  const Events events = events_of_a_step({.plan = "zero1", .num_micro_batches = 2}, /*num_earlier_steps=*/1);
+  EXPECT_EQ(events, (Events{"all_gather", "all_gather", "all_gather", "block.0", "all_gather", "block.1", "block.2",
+                            "all_to_all", "all_to_all", "all_to_all", "all_to_all"}));
 }
 
 TEST(Order, WeightsThatAreKeptAfterTheForwardPassAreGatheredOnce) {

@@ -1,0 +1,137 @@
+// fp16 with its loss scale, bf16 moments and bf16 reduction through whole runs: the same bits at any rank count, through
+// a checkpoint, and when gradients overflow.
+#include <limits>
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+#include "checkpoint/checkpoint_store.hpp"
+#include "core/error.hpp"
+#include "core/log.hpp"
+#include "distributed/comm/thread_group.hpp"
+#include "tests/parallel/wrapping_communicator.hpp"
+#include "tests/support/tiny_run.hpp"
+#include "trainer/commands.hpp"
+
+namespace shardtune {
+namespace {
+
+namespace fs = std::filesystem;
+using testing_support::fresh_directory;
+using testing_support::make_tiny_run;
+using testing_support::sha256_of;
+using testing_support::TinyFamily;
+
+using MakeHooks = std::function<toy::CommunicatorHooks(int rank)>;
+
+// The hash of the weights after training on thread ranks into output_dir.
+std::string train(const RunOptions& options, int num_ranks, const MakeHooks& make_hooks = {}) {
+  log::set_level(log::Level::error);
+  run_thread_ranks(num_ranks, [&](Communicator& world) {
+    at::set_num_threads(1);
+    toy::WrappingCommunicator wrapped(world, make_hooks ? make_hooks(world.rank()) : toy::CommunicatorHooks{});
+    EXPECT_EQ(run_train(options, wrapped), 0);
+  });
+  return sha256_of(options.train.output_dir + "/model/model.safetensors");
+}
+
+RunOptions tiny_options(const fs::path& directory, TinyFamily family) {
+  RunOptions options = make_tiny_run(directory, family);
+  options.train.max_steps = 6;
+  options.train.save_steps = 3;
+  options.train.global_batch_size = 12;
+  options.train.logging_strategy = Interval::no;
+  return options;
+}
+
+// Continues a finished run's directory from its checkpoint of step 3, in a copy.
+std::string resume(RunOptions options, int num_ranks, const std::string& name) {
+  const std::string copy = options.train.output_dir + "_" + name;
+  fs::copy(options.train.output_dir, copy, fs::copy_options::recursive);
+  fs::remove_all(copy + "/checkpoint-6");
+  fs::remove_all(copy + "/model");
+  fs::remove(copy + "/latest");
+  options.train.output_dir = copy;
+  options.train.resume_from_checkpoint = "true";
+  return train(options, num_ranks);
+}
+
+void expect_one_hash(const std::string& name, const std::function<void(TrainOptions&)>& adjust) {
+  for (const TinyFamily family : {TinyFamily::bert, TinyFamily::llama}) {
+    const auto directory = fresh_directory(fmt::format("precision_{}_{}", name, static_cast<int>(family)));
+    RunOptions options = tiny_options(directory, family);
+    adjust(options.train);
+    options.train.output_dir = directory / "reference";
+    const std::string wanted = train(options, 1);
+    EXPECT_EQ(resume(options, 3, "resumed"), wanted) << name;
+    for (const char* plan : {"ddp", "zero1", "zero2", "zero3", "hsdp"}) {
+      options.train.sharding = plan;
+      options.train.hsdp_shard_size = plan == std::string("hsdp") ? 2 : 0;
+      options.train.output_dir = directory / plan;
+      EXPECT_EQ(train(options, 4), wanted) << name << " " << plan;
+    }
+    fs::remove_all(directory);
+  }
+}
+
+TEST(Precision, Fp16HasOneHash) {
+  expect_one_hash("fp16", [](TrainOptions& train) { train.fp16 = true; });
+}
+
+TEST(Precision, Bf16MomentsAndReductionHaveOneHash) {
+  expect_one_hash("bf16", [](TrainOptions& train) {
+    train.bf16 = true;
+    train.adam_state_dtype = "bf16";
+    train.reduce_dtype = "bf16";
+    train.gradient_checkpointing = true;
+    train.gradient_checkpointing_mode = "selective";
+  });
+}
+
+// Makes one exchange of gradients on rank 1 bring an infinity.
+MakeHooks overflow_once() {
+  return [](int rank) {
+    toy::CommunicatorHooks hooks;
+    auto num_seen = std::make_shared<int>(0);
+    hooks.after = [rank, num_seen](const std::string& operation, const at::Tensor& out) {
+      if (rank != 1 || operation != "all_to_all" || out.numel() == 0 || ++*num_seen != 7) return;
+      out[out.numel() - 1] = std::numeric_limits<float>::infinity();
+    };
+    return hooks;
+  };
+}
+
+TEST(Precision, AnOverflowOnOneRankIsSkippedByAllAndHalvesTheScale) {
+  for (const char* plan : {"ddp", "zero3"}) {
+    const auto directory = fresh_directory(fmt::format("overflow_{}", plan));
+    RunOptions options = tiny_options(directory, TinyFamily::bert);
+    options.train.fp16 = true;
+    options.train.sharding = plan;
+    options.train.output_dir = directory / "plain";
+    const std::string undisturbed = train(options, 2);
+    const nlohmann::json before = read_checkpoint_run_state(directory / "plain/checkpoint-6").at("state");
+    options.train.output_dir = directory / "disturbed";
+    EXPECT_NE(train(options, 2, overflow_once()), undisturbed);
+    const nlohmann::json after = read_checkpoint_run_state(directory / "disturbed/checkpoint-6").at("state");
+    EXPECT_EQ(after.at("skipped_steps"), before.at("skipped_steps").get<int>() + 1) << plan;
+    EXPECT_EQ(after.at("loss_scale"), before.at("loss_scale").get<double>() / 2) << plan;
+    EXPECT_EQ(after.at("step"), 6) << plan;
+    // The loss scale and the count of skipped steps are part of the run: resumed on another number of ranks it ends alike.
+    const std::string disturbed = sha256_of(directory / "disturbed/model/model.safetensors");
+    EXPECT_EQ(resume(options, 3, "resumed"), disturbed) << plan;
+    fs::remove_all(directory);
+  }
+}
+
+TEST(Precision, TheSameInfinityEndsARunThatHasNoLossScale) {
+  const auto directory = fresh_directory("overflow_fp32");
+  RunOptions options = tiny_options(directory, TinyFamily::bert);
+  EXPECT_THROW(train(options, 2, overflow_once()), Error);
+  fs::remove_all(directory);
+}
+
+}  // namespace
+}  // namespace shardtune
