@@ -64,10 +64,8 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
 // Hugging Face arguments that people bring along and shardtune does not have: what to do instead.
 const std::map<std::string, std::string, std::less<>>& foreign_arguments() {
   static const std::map<std::string, std::string, std::less<>> advice = {
-      {"fp16", "use --bf16"},
       {"deepspeed", "ZeRO is built in: use --sharding"},
-      {"fsdp", "full sharding is built in: use --sharding zero3"},
-      {"fsdp_config", "full sharding is built in: use --sharding zero3"},
+      {"fsdp_config", "units are always the model's layers; use --fsdp or --sharding, and --reshard_after_forward"},
       {"do_train", "use the subcommand train"},
       {"do_eval", "use --eval_strategy, or the subcommand evaluate"},
       {"do_predict", "use the subcommand predict"},

@@ -147,7 +147,7 @@ void TrainRun::decide_identity() {
   log::info("{} examples, {} steps of {} examples ({} micro-batches of at most {}), {} ranks, sharding {}, {}",
             train_data_->size(), settings_.max_steps, id.global_batch_size,
             (id.global_batch_size + id.per_device_train_batch_size - 1) / id.per_device_train_batch_size,
-            id.per_device_train_batch_size, world_.size(), options_.train.sharding, options_.train.bf16 ? "bf16" : options_.train.fp16 ? "fp16" : "fp32");
+            id.per_device_train_batch_size, world_.size(), plan_request(options_.train).name, options_.train.bf16 ? "bf16" : options_.train.fp16 ? "fp16" : "fp32");
 }
 
 void TrainRun::load_weights() {
