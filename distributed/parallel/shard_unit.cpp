@@ -124,7 +124,9 @@ void ShardUnit::unpack(const Gather& gather) {
       const ShardedParameter& p = parameters_[i];
       const std::int64_t size = p.shard_numel(shard);
       if (size == 0 || (gather.trainable_only && !p.parameter->is_trainable)) continue;
-      flat[i].narrow(0, p.shard_begin(shard), size).copy_(gather.all.narrow(0, at_element, size));
+      // Where a master is a part of its compute copy, it is there already (and a background save may be reading it).
+      const bool is_there = shard == context_.grid.shard() && p.master.is_alias_of(p.parameter->value);
+      if (!is_there) flat[i].narrow(0, p.shard_begin(shard), size).copy_(gather.all.narrow(0, at_element, size));
       at_element += size;
     }
   }
