@@ -71,26 +71,28 @@ std::vector<ManifestFile> write_side_files(const std::filesystem::path& director
 }
 
 std::string describe_shard(const WrittenShard& shard, const StateView& view) {
-  nlohmann::json slices = nlohmann::json::array();
-  for (const WrittenSlice& item : shard.slices) {
-    const StateSlice& slice = view.slices[item.slice];
-    slices.push_back({slice.name, slice.field, slice.global_shape, item.byte_offset, slice.offset, slice.data.numel()});
+  nlohmann::json slices = nlohmann::json::array(), empty = nlohmann::json::array();
+  for (std::size_t i = 0; i < view.slices.size(); ++i) {
+    const StateSlice& slice = view.slices[i];
+    if (slice.data.numel() == 0)
+      empty.push_back({slice.name, slice.field, slice.global_shape});
+    else
+      slices.push_back(
+          {slice.name, slice.field, slice.global_shape, shard.positions[i], slice.offset, slice.data.numel()});
   }
-  nlohmann::json empty = nlohmann::json::array();
-  for (const StateSlice& slice : view.slices)
-    if (slice.data.numel() == 0) empty.push_back({slice.name, slice.field, slice.global_shape});
   return nlohmann::json{
       {"file", shard.file}, {"size", shard.size}, {"digest", shard.digest}, {"slices", slices}, {"empty", empty}}
       .dump();
 }
 
-void commit_checkpoint(const Commit& what, const std::function<void(const char*)>& phase) {
+void commit_checkpoint(const Commit& what, const PhaseHook& phase) {
   phase("agreed");
   ManifestBuilder builder;
-  for (const std::string& shard : what.shards) builder.add_shard(nlohmann::json::parse(shard));
+  for (const std::string& shard : what.shards)
+    if (!shard.empty()) builder.add_shard(nlohmann::json::parse(shard));
   Manifest manifest = builder.finish();
   manifest.step = what.step;
-  manifest.num_ranks = static_cast<int>(what.shards.size());
+  manifest.num_ranks = what.num_ranks;
   manifest.run = what.run;
   manifest.files.insert(manifest.files.end(), what.side_files.begin(), what.side_files.end());
   const std::filesystem::path partial = partial_path(what.output_dir, what.step);

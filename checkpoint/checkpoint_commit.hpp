@@ -26,10 +26,12 @@ struct Commit {
   std::int64_t step = 0;
   const nlohmann::json& run;  // its "run_id", if any, names what the commit moves aside
   const std::vector<ManifestFile>& side_files;
-  const std::vector<std::string>& shards;  // describe_shard of each, in the order of their files
+  const std::vector<std::string>&
+      shards;         // describe_shard of each, in the order of their files; empty texts are skipped
+  int num_ranks = 1;  // that wrote them
 };
 
 // Writes the manifest and publishes the directory, durably. `phase` as in write_shard.
-void commit_checkpoint(const Commit& what, const std::function<void(const char*)>& phase);
+void commit_checkpoint(const Commit& what, const PhaseHook& phase);
 
 }  // namespace shardtune

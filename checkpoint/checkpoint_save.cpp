@@ -11,9 +11,11 @@
 #include "checkpoint/checkpoint_directory.hpp"
 #include "checkpoint/checkpoint_store.hpp"
 #include "checkpoint/shard_writer.hpp"
+#include "checkpoint/shared_shard.hpp"
 #include "core/error.hpp"
 #include "core/file.hpp"
 #include "core/log.hpp"
+#include "distributed/comm/exchange.hpp"
 
 namespace shardtune {
 namespace {
@@ -29,6 +31,10 @@ void announce(const char* phase, std::int64_t step) {
     hook = save_phase_hook;
   }
   if (hook) hook(phase, step);
+}
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 // Rank 0 has made the directory; a network file system may show it to other nodes a little later.
@@ -59,6 +65,8 @@ void set_save_phase_hook(SavePhaseHook hook) {
 
 // One save from begin_save to its report. The worker uses it while a stage runs, the training thread in between.
 struct CheckpointStore::RunningSave {
+  enum class Stage { layout, writing, sealing, commit };
+
   RunningSave(std::int64_t save_step, StateView view, Retention kept, std::size_t staging_bytes)
       : step(save_step), retention(std::move(kept)), snapshot(std::move(view), staging_bytes) {}
 
@@ -68,16 +76,25 @@ struct CheckpointStore::RunningSave {
   const Retention retention;
   Snapshot snapshot;
   const std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
-  bool is_committing = false;  // the second stage
-  std::string description;     // of this rank's shard
+  Stage stage = Stage::layout;
+  std::optional<ShardWriter> writer;
+  StateView whole;                       // of the file; on its owner
+  std::size_t first_slice = 0;           // this rank's in `whole`
+  std::vector<std::uint64_t> positions;  // of `whole` on the owner, then of this rank's slices
+  std::vector<WrittenPiece> pieces;      // this rank's, then on the owner those of all
+  std::string description;               // of the file, on its owner
   std::vector<ManifestFile> side_files;
   std::vector<std::string> shards;  // all descriptions, on rank 0
   SaveReport report;
 };
 
 CheckpointStore::CheckpointStore(std::filesystem::path output_dir, Communicator& communicator,
-                                 std::size_t staging_bytes)
-    : output_dir_(std::move(output_dir)), communicator_(communicator), staging_bytes_(staging_bytes) {}
+                                 std::size_t staging_bytes, int ranks_per_file)
+    : output_dir_(std::move(output_dir)),
+      communicator_(communicator),
+      staging_bytes_(staging_bytes),
+      ranks_per_file_(ranks_per_file),
+      file_group_(split_by_file(communicator, ranks_per_file)) {}
 
 CheckpointStore::~CheckpointStore() {
   if (!save_) return;
@@ -88,17 +105,28 @@ CheckpointStore::~CheckpointStore() {
 void CheckpointStore::begin_save(std::int64_t step, StateView view, const Retention& retention) {
   check_internal(!save_, "CheckpointStore::begin_save: a save is under way");
   auto save = std::make_unique<RunningSave>(step, std::move(view), retention, staging_bytes_);
+  const std::filesystem::path partial = partial_path(output_dir_, step);
   try {
     run_agreed(communicator_, save->what(), [&] {
       announce("begin", step);
-      if (communicator_.rank() == 0) make_partial(output_dir_, partial_path(output_dir_, step));
+      if (communicator_.rank() == 0) make_partial(output_dir_, partial);
     });
   } catch (const Error& e) {
     remove_partial(e, step);
     throw;
   }
+  const ShardIdentity identity{step, communicator_.rank() / ranks_per_file_,
+                               (communicator_.size() + ranks_per_file_ - 1) / ranks_per_file_};
+  save->writer.emplace(partial, identity, [step](const char* name) { announce(name, step); });
   save_ = std::move(save);
-  worker_.start([this] { save_->description = write_this_shard(*save_); });
+  if (!file_group_) {
+    save_->stage = RunningSave::Stage::sealing;  // without others the first three stages are one
+    worker_.start([this] { write_alone(); });
+  } else {
+    start_layout();
+    worker_.wait();
+    advance_save();  // to the writing: from here on the writers progress without the training threads
+  }
 }
 
 // Every rank is out of the directory: each came here through an agreement. After a lost rank nothing is touched.
@@ -113,58 +141,100 @@ void CheckpointStore::preserve(const at::Tensor& about_to_change) {
 }
 
 // On the worker.
-std::string CheckpointStore::write_this_shard(RunningSave& save) {
-  const std::filesystem::path partial = partial_path(output_dir_, save.step);
+void CheckpointStore::write_alone() {
+  RunningSave& save = *save_;
   try {
+    const std::filesystem::path partial = partial_path(output_dir_, save.step);
     wait_for_directory(partial);
-    const ShardIdentity identity{save.step, communicator_.rank(), communicator_.size()};
-    const auto phase = [&](const char* name) { announce(name, save.step); };
-    const WrittenShard shard = write_shard(partial, identity, save.snapshot, phase);
-    save.report.write_seconds = shard.write_seconds;
+    const auto start = std::chrono::steady_clock::now();
+    const std::vector<std::uint64_t> positions = save.writer->lay_out(save.snapshot.view());
+    std::vector<WrittenPiece> pieces = save.writer->write(save.snapshot, positions);
+    save.report.write_seconds = seconds_since(start);
+    save.description = describe_shard(save.writer->seal(std::move(pieces)), save.snapshot.view());
     if (communicator_.rank() == 0) save.side_files = write_side_files(partial, save.snapshot.view().side_files);
-    return describe_shard(shard, save.snapshot.view());
   } catch (...) {
     save.snapshot.abandon();
     throw;
   }
 }
 
-std::optional<SaveReport> CheckpointStore::advance_stage(RunningSave& save) {
-  const bool is_root = communicator_.rank() == 0;
-  // Rank 0 alone can fail in the second stage: once it has renamed the directory the checkpoint exists.
-  run_agreed(communicator_, save.what(), [&] { worker_.collect(); });
-  if (!save.is_committing) {
-    save.is_committing = true;
-    save.shards = gather_strings(communicator_, save.description, 0);
-    if (is_root)
-      worker_.start([this, &save] {
-        commit_checkpoint({output_dir_, save.step, save.snapshot.view().run, save.side_files, save.shards},
-                          [&](const char* name) { announce(name, save.step); });
-        tidy_up(output_dir_, save.step, save.retention);
-      });
-    return std::nullopt;
-  }
-  save.report.step = save.step;
-  for (const std::string& shard : save.shards)
-    save.report.bytes += nlohmann::json::parse(shard)["size"].get<std::uint64_t>();
-  save.report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - save.start).count();
-  save.report.cost = save.snapshot.cost();
-  return save.report;
+void CheckpointStore::start_layout() {
+  RunningSave& save = *save_;
+  const std::vector<std::string> descriptions = all_gather_strings(*file_group_, describe_slices(save.snapshot.view()));
+  save.whole = join_slices(descriptions, save.snapshot.view().run);
+  for (int rank = 0; rank < file_group_->rank(); ++rank)
+    save.first_slice += join_slices({descriptions[static_cast<std::size_t>(rank)]}, nullptr).slices.size();
+  if (file_group_->rank() == 0)
+    worker_.start([this, &save] {
+      wait_for_directory(partial_path(output_dir_, save.step));
+      save.positions = save.writer->lay_out(save.whole);
+    });
+}
+
+void CheckpointStore::start_writing() {
+  RunningSave& save = *save_;
+  const std::vector<std::uint64_t> all =
+      unpack_positions(broadcast_string(*file_group_, pack_positions(save.positions), 0));
+  const auto first = all.begin() + static_cast<std::ptrdiff_t>(save.first_slice);
+  save.positions.assign(first, first + static_cast<std::ptrdiff_t>(save.snapshot.view().slices.size()));
+  worker_.start([this, &save] {
+    const auto start = std::chrono::steady_clock::now();
+    wait_for_directory(partial_path(output_dir_, save.step));
+    save.pieces = save.writer->write(save.snapshot, save.positions);
+    save.report.write_seconds = seconds_since(start);
+    if (communicator_.rank() == 0)
+      save.side_files = write_side_files(partial_path(output_dir_, save.step), save.snapshot.view().side_files);
+  });
+}
+
+void CheckpointStore::start_sealing() {
+  RunningSave& save = *save_;
+  const std::vector<std::string> others = gather_strings(*file_group_, pack_pieces(save.pieces), 0);
+  if (file_group_->rank() != 0) return;
+  save.pieces.clear();
+  for (const std::string& pieces : others) unpack_pieces(pieces, save.pieces);
+  worker_.start([&save] { save.description = describe_shard(save.writer->seal(std::move(save.pieces)), save.whole); });
+}
+
+void CheckpointStore::start_commit() {
+  RunningSave& save = *save_;
+  save.shards = gather_strings(communicator_, save.description, 0);
+  if (communicator_.rank() != 0) return;
+  worker_.start([this, &save] {
+    commit_checkpoint(
+        {output_dir_, save.step, save.snapshot.view().run, save.side_files, save.shards, communicator_.size()},
+        [&](const char* name) { announce(name, save.step); });
+    tidy_up(output_dir_, save.step, save.retention);
+  });
 }
 
 std::optional<SaveReport> CheckpointStore::advance_save() {
   check_internal(save_ != nullptr, "CheckpointStore::advance_save: no save is under way");
+  using Stage = RunningSave::Stage;
+  RunningSave& save = *save_;
   try {
-    const std::optional<SaveReport> report = advance_stage(*save_);
-    if (report) save_.reset();
-    return report;
+    run_agreed(communicator_, save.what(), [&] { worker_.collect(); });
+    switch (save.stage) {
+      case Stage::layout: start_writing(), save.stage = Stage::writing; return std::nullopt;
+      case Stage::writing: start_sealing(), save.stage = Stage::sealing; return std::nullopt;
+      case Stage::sealing: start_commit(), save.stage = Stage::commit; return std::nullopt;
+      case Stage::commit: break;
+    }
   } catch (const Error& e) {
-    save_->snapshot.cancel();
+    save.snapshot.cancel();
     worker_.wait();
-    remove_partial(e, save_->step);
+    remove_partial(e, save.step);
     save_.reset();
     throw;
   }
+  SaveReport report = save.report;
+  report.step = save.step;
+  for (const std::string& shard : save.shards)
+    if (!shard.empty()) report.bytes += nlohmann::json::parse(shard)["size"].get<std::uint64_t>();
+  report.seconds = seconds_since(save.start);
+  report.cost = save.snapshot.cost();
+  save_.reset();
+  return report;
 }
 
 SaveReport CheckpointStore::finish_save() {

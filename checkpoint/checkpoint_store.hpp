@@ -42,16 +42,19 @@ class CheckpointStore {
  public:
   // `communicator` must outlive the store. Only rank 0 creates and renames directories and writes manifests. While a
   // save runs in the background at most `staging_bytes` hold copies of what training has changed since.
+  // Each `ranks_per_file` consecutive ranks, which must run on one host, write one file together; the constructor is
+  // collective when it is not 1.
   CheckpointStore(std::filesystem::path output_dir, Communicator& communicator,
-                  std::size_t staging_bytes = std::size_t{1} << 30);
+                  std::size_t staging_bytes = std::size_t{1} << 30, int ranks_per_file = 1);
   ~CheckpointStore();  // local; a save that is under way is given up
 
   // Collective. Writes checkpoint-<step>, returns when it is durable and committed. On any rank's failure every rank
   // throws the same Error (naming rank, file and reason); nothing is committed and older checkpoints are untouched.
   SaveReport save(std::int64_t step, const StateView& view, const Retention& retention = {});
 
-  // The same in the background, by one writer thread per rank that never communicates. A save has stages (writing the
-  // shards, then the commit on rank 0); a stage begins when every rank knows that all have ended the one before:
+  // The same in the background, by one writer thread per rank that never communicates. A save has stages (laying
+  // out the files, writing, sealing them, then the commit on rank 0); a stage begins when every rank knows that all
+  // have ended the one before:
   //   begin_save(...);                                     collective; no save may be under way
   //   while training:  preserve(t) before t is changed     local
   //                    any = max over ranks of is_working()
@@ -81,13 +84,18 @@ class CheckpointStore {
 
  private:
   struct RunningSave;
-  std::string write_this_shard(RunningSave& save);
-  std::optional<SaveReport> advance_stage(RunningSave& save);
+  void start_layout();
+  void start_writing();
+  void start_sealing();
+  void start_commit();
+  void write_alone();
   void remove_partial(const Error& reason, std::int64_t step);
 
   std::filesystem::path output_dir_;
   Communicator& communicator_;
   std::size_t staging_bytes_;
+  int ranks_per_file_;
+  std::unique_ptr<Communicator> file_group_;  // the ranks of this rank's file; null when it is alone
   std::unique_ptr<RunningSave> save_;
   BackgroundWorker worker_;  // last: its job uses the members above
 };

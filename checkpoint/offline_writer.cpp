@@ -69,11 +69,12 @@ std::filesystem::path write_checkpoint(const std::filesystem::path& output_dir, 
     std::vector<std::string> shards;
     for (int shard = 0; shard < what.num_shards; ++shard) {
       OfflineSource source(what, shard, read);
-      shards.push_back(
-          describe_shard(write_shard(partial, {what.step, shard, what.num_shards}, source, no_phase), source.view()));
+      ShardWriter writer(partial, {what.step, shard, what.num_shards}, no_phase);
+      const std::vector<std::uint64_t> positions = writer.lay_out(source.view());
+      shards.push_back(describe_shard(writer.seal(writer.write(source, positions)), source.view()));
     }
     const std::vector<ManifestFile> side_files = write_side_files(partial, what.side_files);
-    commit_checkpoint({output_dir, what.step, what.run, side_files, shards}, no_phase);
+    commit_checkpoint({output_dir, what.step, what.run, side_files, shards, what.num_shards}, no_phase);
     write_latest(output_dir, what.step);
   } catch (...) {
     std::error_code ignored;

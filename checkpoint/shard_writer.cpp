@@ -1,13 +1,10 @@
 #include "checkpoint/shard_writer.hpp"
 
 #include <algorithm>
-#include <chrono>
 
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include "checkpoint/block_table.hpp"
-#include "checkpoint/direct_file.hpp"
 #include "core/error.hpp"
 #include "core/file.hpp"
 #include "core/hash.hpp"
@@ -15,28 +12,8 @@
 namespace shardtune {
 namespace {
 
-// What a part of the file must hold.
-struct Written {
-  std::uint64_t position = 0;
-  std::size_t size = 0;
-  std::uint64_t hash = 0;
-};
-
-std::vector<Written> write_pieces(DirectFile& file, const std::vector<std::uint64_t>& positions, PieceSource& source,
-                                  const std::function<void(const char*)>& phase) {
-  std::vector<Written> written;
-  const AlignedBuffer buffer = make_aligned_buffer(PieceSource::kPieceBytes);
-  while (const auto piece = source.take(buffer.get())) {
-    const std::uint64_t position = positions[piece->slice] + piece->begin;
-    written.push_back({position, piece->size, hash_bytes(buffer.get(), piece->size)});
-    file.write(buffer.get(), piece->size, position);
-    phase("dataset_written");
-  }
-  return written;
-}
-
 // Hashes the file as it lies on the disk and compares every piece in it with what was taken from memory.
-BlockTable read_back(const std::filesystem::path& file, std::vector<Written> written) {
+BlockTable read_back(const std::filesystem::path& file, std::vector<WrittenPiece> written) {
   std::sort(written.begin(), written.end(), [](const auto& a, const auto& b) { return a.position < b.position; });
   std::size_t next = 0;
   HashStream hash;
@@ -63,39 +40,49 @@ BlockTable read_back(const std::filesystem::path& file, std::vector<Written> wri
 
 }  // namespace
 
-WrittenShard write_shard(const std::filesystem::path& directory, const ShardIdentity& identity, PieceSource& source,
-                         const std::function<void(const char*)>& phase) {
-  WrittenShard result;
-  result.file = identity.file_name();
-  const std::filesystem::path path = directory / result.file;
-  const std::filesystem::path temporary = path.string() + ".tmp";
+ShardWriter::ShardWriter(const std::filesystem::path& directory, const ShardIdentity& identity, PhaseHook phase)
+    : directory_(directory),
+      path_(directory / identity.file_name()),
+      temporary_(path_.string() + ".tmp"),
+      identity_(identity),
+      phase_(std::move(phase)) {}
+
+std::vector<std::uint64_t> ShardWriter::lay_out(const StateView& whole) {
+  file_.emplace(temporary_);
+  positions_ = lay_out_shard(temporary_, identity_, whole);
+  phase_("shard_created");
+  return positions_;
+}
+
+std::vector<WrittenPiece> ShardWriter::write(PieceSource& source, const std::vector<std::uint64_t>& positions) {
+  std::vector<WrittenPiece> written;
   try {
-    const auto start = std::chrono::steady_clock::now();
-    // Open before HDF5 writes and synced through this descriptor: a write-back error in between is reported to it.
-    DirectFile file(temporary);
-    const std::vector<std::uint64_t> positions = lay_out_shard(temporary, identity, source.view());
-    phase("shard_created");
-    const std::vector<Written> written = write_pieces(file, positions, source, phase);
-    phase("shard_closed");
-    file.sync();
-    result.write_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    const BlockTable table = read_back(temporary, written);
-    phase("shard_synced");
-    rename_path(temporary, path);
-    fsync_path(directory);
-    phase("shard_renamed");
-    write_file_durably(block_table_path(path), table.serialize());
-    phase("block_table_written");
-    result.size = table.file_bytes;
-    result.digest = table.digest();
-    for (std::size_t i = 0; i < positions.size(); ++i)
-      if (source.view().slices[i].data.numel() > 0) result.slices.push_back({i, positions[i]});
+    if (!file_) file_.emplace(temporary_);
+    const AlignedBuffer buffer = make_aligned_buffer(PieceSource::kPieceBytes);
+    while (const auto piece = source.take(buffer.get())) {
+      const std::uint64_t position = positions[piece->slice] + piece->begin;
+      written.push_back({position, piece->size, hash_bytes(buffer.get(), piece->size)});
+      file_->write(buffer.get(), piece->size, position);
+      phase_("dataset_written");
+    }
+    phase_("shard_closed");
+    file_->sync();
   } catch (...) {
     source.abandon();
-    ::unlink(temporary.c_str());
     throw;
   }
-  return result;
+  return written;
+}
+
+WrittenShard ShardWriter::seal(std::vector<WrittenPiece> pieces) {
+  const BlockTable table = read_back(temporary_, std::move(pieces));
+  phase_("shard_synced");
+  rename_path(temporary_, path_);
+  fsync_path(directory_);
+  phase_("shard_renamed");
+  write_file_durably(block_table_path(path_), table.serialize());
+  phase_("block_table_written");
+  return {identity_.file_name(), table.file_bytes, table.digest(), positions_};
 }
 
 }  // namespace shardtune

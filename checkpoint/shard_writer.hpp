@@ -1,35 +1,56 @@
 #pragma once
-// Writes one rank's slices as a serial HDF5 file with its block table, durably. Every return code counts, any failure
-// discards the shard, and the finished file is read back and compared with what memory held before it counts as
-// written.
+// Writes a serial HDF5 file with its block table, durably; several ranks of one host may write one file together. Every
+// return code counts, any failure discards the file, and when it is finished it is read back and compared with what
+// memory held before it counts as written.
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "checkpoint/direct_file.hpp"
 #include "checkpoint/piece_source.hpp"
 #include "checkpoint/shard_layout.hpp"
 
 namespace shardtune {
 
-struct WrittenSlice {
-  std::size_t slice = 0;          // index in the StateView
-  std::uint64_t byte_offset = 0;  // of its first element in the file
+// What a part of the file must hold.
+struct WrittenPiece {
+  std::uint64_t position = 0, size = 0, hash = 0;
 };
 
 struct WrittenShard {
   std::string file;
-  std::uint64_t size = 0;
-  std::uint64_t digest = 0;
-  std::vector<WrittenSlice> slices;  // empty slices are not written
-  double write_seconds = 0;          // until the data were durable, before they were read back
+  std::uint64_t size = 0, digest = 0;
+  std::vector<std::uint64_t> positions;  // of the slices of the view that was laid out
 };
 
-// Takes all pieces of the source. For a writer thread: communicates with nobody. Thread-safe (ranks may be threads).
-// Error{io} with the system's reason; the temporary file is removed then and the source abandoned.
-// `phase` is called with the names of set_save_phase_hook as the work proceeds.
-WrittenShard write_shard(const std::filesystem::path& directory, const ShardIdentity& identity, PieceSource& source,
-                         const std::function<void(const char*)>& phase);
+// Called with the names of set_save_phase_hook as the work proceeds.
+using PhaseHook = std::function<void(const char*)>;
+
+// One file: its owner calls lay_out(), then every rank that has slices in it write(), then the owner seal(); each call
+// on the rank's own object, all ranks done with one before the next begins. Communicates with nobody. Error{io} with
+// the system's reason; what was written then goes with the partial directory.
+class ShardWriter {
+ public:
+  ShardWriter(const std::filesystem::path& directory, const ShardIdentity& identity, PhaseHook phase);
+
+  // `whole` lists the slices of all ranks of the file. Returns the position of each.
+  std::vector<std::uint64_t> lay_out(const StateView& whole);
+  // Takes all pieces of the source; positions are those of its slices. Durable on return. The source is abandoned by a
+  // failure.
+  std::vector<WrittenPiece> write(PieceSource& source, const std::vector<std::uint64_t>& positions);
+  // `pieces` of all ranks.
+  WrittenShard seal(std::vector<WrittenPiece> pieces);
+
+ private:
+  std::filesystem::path directory_, path_, temporary_;
+  ShardIdentity identity_;
+  PhaseHook phase_;
+  std::vector<std::uint64_t> positions_;
+  // Open before HDF5 writes and synced through this descriptor: a write-back error in between is reported to it.
+  std::optional<DirectFile> file_;
+};
 
 }  // namespace shardtune

@@ -80,6 +80,7 @@ void add_logging_rows(OptionTable& table, TrainOptions& train) {
   table.add("save_steps", train.save_steps, "steps, or below 1 a share of all steps");
   table.add("async_save", train.async_save, "training goes on while a checkpoint is written");
   table.add("checkpoint_staging_mb", train.checkpoint_staging_mb, "MiB per rank for copies of what training changes during a save");
+  table.add("ranks_per_file", train.ranks_per_file, "ranks of one host that write one checkpoint file together");
   table.add("on_save_error", train.on_save_error, "continue|stop", "a failed save: go on and try the next one, or end the run");
   table.add("save_total_limit", train.save_total_limit, "checkpoints to keep; 0 = all (the best one is always kept)");
   table.add("load_best_model_at_end", train.load_best_model_at_end, "export the best evaluated weights instead of the last");

@@ -62,6 +62,7 @@ void check_sizes(const TrainOptions& train) {
   need(std::isfinite(train.num_train_epochs) && train.num_train_epochs > 0, "num_train_epochs", train.num_train_epochs, "more than 0 is needed");
   need(train.save_total_limit >= 0, "save_total_limit", train.save_total_limit, "0 (= keep all) or more is needed");
   need(train.checkpoint_staging_mb > 0, "checkpoint_staging_mb", train.checkpoint_staging_mb, "at least 1 is needed (--no_async_save saves without copies)");
+  need(train.ranks_per_file > 0 && train.ranks_per_file < 100000, "ranks_per_file", train.ranks_per_file, "at least 1 is needed");
   need_one_of("on_save_error", train.on_save_error, {"continue", "stop"});
   need(train.seed >= 0, "seed", train.seed, "0 or more is needed");
   need(train.data_seed.value_or(0) >= 0, "data_seed", train.data_seed.value_or(0), "0 or more is needed");

@@ -73,6 +73,7 @@ struct TrainOptions {
   std::int64_t save_total_limit = 0;         // 0 = keep all
   bool async_save = true;                    // training goes on while a checkpoint is written
   std::int64_t checkpoint_staging_mb = 1024; // most memory per rank for copies of what training changes meanwhile
+  std::int64_t ranks_per_file = 1;           // ranks of one host that write one checkpoint file together
   std::string on_save_error = "continue";    // or "stop"
   bool load_best_model_at_end = false;
   std::string metric_for_best_model;         // empty = "loss"

@@ -33,7 +33,8 @@ class TrainRun {
   TrainRun(const RunOptions& options, Communicator& world)
       : options_(options),
         world_(world),
-        store_(options.train.output_dir, world, static_cast<std::size_t>(options.train.checkpoint_staging_mb) << 20),
+        store_(options.train.output_dir, world, static_cast<std::size_t>(options.train.checkpoint_staging_mb) << 20,
+               static_cast<int>(options.train.ranks_per_file)),
         saver_(store_,
                {.in_background = options.train.async_save,
                 .stops_on_error = options.train.on_save_error == "stop",

@@ -86,9 +86,13 @@ TEST_F(Corruption, EveryFlippedBitIsFound) {
       const auto problems = verify_checkpoint(checkpoint_);
       ASSERT_FALSE(problems.empty()) << file << " bit " << bit;
       // The file is named; a damaged table may be blamed by its shard's name or its own.
-      ASSERT_NE(problems[0].find(file.extension() == ".xxh3" ? file.stem().string() : file.filename().string()), std::string::npos) << problems[0];
-      if (i % 8 == 0 || flips_all)
-        ASSERT_EQ(load_verdict(checkpoint_, 2, tensors_), is_read_by_load(file) ? "refused" : "good") << file << " bit " << bit;
+      ASSERT_NE(problems[0].find(file.extension() == ".xxh3" ? file.stem().string() : file.filename().string()),
+                std::string::npos)
+          << problems[0];
+      if (i % 8 == 0 || flips_all) {
+        ASSERT_EQ(load_verdict(checkpoint_, 2, tensors_), is_read_by_load(file) ? "refused" : "good")
+            << file << " bit " << bit;
+      }
       ASSERT_EQ(::pwrite(fd.get(), &bytes[bit / 8], 1, at), 1);
       ++flips;
     }
@@ -108,10 +112,13 @@ TEST_F(Corruption, EveryPageOfZerosIsFound) {
       const std::string page = bytes.substr(at, 4096);
       if (page == std::string(page.size(), '\0')) continue;
       const std::string zeros(page.size(), '\0');
-      ASSERT_EQ(::pwrite(fd.get(), zeros.data(), zeros.size(), static_cast<off_t>(at)), static_cast<ssize_t>(zeros.size()));
+      ASSERT_EQ(::pwrite(fd.get(), zeros.data(), zeros.size(), static_cast<off_t>(at)),
+                static_cast<ssize_t>(zeros.size()));
       EXPECT_FALSE(verify_checkpoint(checkpoint_).empty()) << file << " page at " << at;
-      EXPECT_EQ(load_verdict(checkpoint_, 2, tensors_), is_read_by_load(file) ? "refused" : "good") << file << " page at " << at;
-      ASSERT_EQ(::pwrite(fd.get(), page.data(), page.size(), static_cast<off_t>(at)), static_cast<ssize_t>(page.size()));
+      EXPECT_EQ(load_verdict(checkpoint_, 2, tensors_), is_read_by_load(file) ? "refused" : "good")
+          << file << " page at " << at;
+      ASSERT_EQ(::pwrite(fd.get(), page.data(), page.size(), static_cast<off_t>(at)),
+                static_cast<ssize_t>(page.size()));
       ++pages;
     }
   }

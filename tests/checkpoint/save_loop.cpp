@@ -3,8 +3,9 @@
 //   save_loop DIR NUM_RANKS FIRST_STEP LAST_STEP SCALE continue [KEEP]
 // Every phase of a save is one line on standard output, "<phase> <step>", written at once.
 // FILE_LIMIT_BYTES limits the size of any file (also of redirected standard error), which makes writes fail as a full
-// disk does. With `continue` a failed save is one line on standard error and the loop goes on, as training does. With `retry` the limit is lifted after a failure and the same step saved again in the same process. Exit
-// codes are those of shardtune::exit_code.
+// disk does. With `continue` a failed save is one line on standard error and the loop goes on, as training does. With
+// `retry` the limit is lifted after a failure and the same step saved again in the same process. Exit codes are those
+// of shardtune::exit_code.
 #include <csignal>
 #include <cstdio>
 #include <string>

@@ -123,12 +123,12 @@ TEST(Snapshot, ACancelledOneThrowsInTheWriter) {
 }
 
 // Several ranks save again and again while "training" overwrites the state: every checkpoint holds its own step.
-TEST(BackgroundSave, EveryCheckpointHoldsItsMomentOnThreeRanks) {
+void expect_every_moment(int ranks_per_file) {
   TempDir dir;
   const auto tensors = test_tensors(2000);
   std::atomic<std::uint64_t> copied = 0;
   run_thread_ranks(3, [&](Communicator& comm) {
-    CheckpointStore store(dir.path(), comm, std::size_t{1} << 20);
+    CheckpointStore store(dir.path(), comm, std::size_t{1} << 20, ranks_per_file);
     StateView live = expected_state(tensors, 1, comm.rank(), comm.size());
     for (std::int64_t step = 1; step <= 6; ++step) {
       store.begin_save(step, live, {});
@@ -154,6 +154,11 @@ TEST(BackgroundSave, EveryCheckpointHoldsItsMomentOnThreeRanks) {
     CheckpointStore(dir.path(), *comm).load(checkpoint, loaded);
     EXPECT_EQ(difference(loaded, tensors, step, 0, 1), "") << step;
   }
+}
+
+TEST(BackgroundSave, EveryCheckpointHoldsItsMomentOnThreeRanks) {
+  expect_every_moment(1);
+  expect_every_moment(2);
 }
 
 TEST(BackgroundSave, AFailureIsReportedOnEveryRankWhenTheStageIsAdvancedAndTheNextSaveWorks) {

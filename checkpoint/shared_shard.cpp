@@ -1,0 +1,78 @@
+#include "checkpoint/shared_shard.hpp"
+
+#include <cstring>
+
+#include <ATen/ops/empty.h>
+#include <fmt/format.h>
+#include <unistd.h>
+#include <nlohmann/json.hpp>
+
+#include "core/error.hpp"
+#include "distributed/comm/exchange.hpp"
+
+namespace shardtune {
+namespace {
+
+template <class T>
+std::string pack(const std::vector<T>& values) {
+  return std::string(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
+}
+
+template <class T>
+void unpack(std::string_view bytes, std::vector<T>& into) {
+  check_internal(bytes.size() % sizeof(T) == 0, "unpack: a part of a value");
+  const std::size_t old = into.size();
+  into.resize(old + bytes.size() / sizeof(T));
+  if (!bytes.empty()) std::memcpy(into.data() + old, bytes.data(), bytes.size());
+}
+
+}  // namespace
+
+std::string describe_slices(const StateView& view) {
+  nlohmann::json slices = nlohmann::json::array();
+  for (const StateSlice& slice : view.slices)
+    slices.push_back({slice.name, slice.field, slice.global_shape, slice.offset, slice.data.numel()});
+  return slices.dump();
+}
+
+StateView join_slices(const std::vector<std::string>& descriptions, const nlohmann::json& run) {
+  StateView view;
+  view.run = run;
+  for (const std::string& description : descriptions)
+    for (const nlohmann::json& slice : nlohmann::json::parse(description))
+      view.slices.push_back(
+          {slice[0], slice[1], slice[2].get<std::vector<std::int64_t>>(), slice[3],
+           at::empty({slice[4].get<std::int64_t>()}, at::TensorOptions(at::kMeta).dtype(at::kFloat))});
+  return view;
+}
+
+std::string pack_positions(const std::vector<std::uint64_t>& positions) { return pack(positions); }
+
+std::vector<std::uint64_t> unpack_positions(std::string_view bytes) {
+  std::vector<std::uint64_t> positions;
+  unpack(bytes, positions);
+  return positions;
+}
+
+std::string pack_pieces(const std::vector<WrittenPiece>& pieces) { return pack(pieces); }
+
+void unpack_pieces(std::string_view bytes, std::vector<WrittenPiece>& into) { unpack(bytes, into); }
+
+std::unique_ptr<Communicator> split_by_file(Communicator& communicator, int ranks_per_file) {
+  check_internal(ranks_per_file > 0, "split_by_file: at least one rank writes a file");
+  if (ranks_per_file == 1) return nullptr;
+  char host[256] = "";
+  ::gethostname(host, sizeof(host) - 1);
+  const std::vector<std::string> hosts = all_gather_strings(communicator, host);
+  for (std::size_t rank = 0; rank < hosts.size(); ++rank) {
+    const std::size_t owner = rank - rank % static_cast<std::size_t>(ranks_per_file);
+    if (hosts[rank] != hosts[owner])
+      fail(ErrorKind::config,
+           fmt::format("--ranks_per_file = {}: ranks {} ({}) and {} ({}) would share a file; ranks of one file must "
+                       "run on one host, so use a number that divides the ranks of every host",
+                       ranks_per_file, owner, hosts[owner], rank, hosts[rank]));
+  }
+  return communicator.split(communicator.rank() / ranks_per_file, communicator.rank());
+}
+
+}  // namespace shardtune
