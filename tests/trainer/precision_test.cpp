@@ -41,6 +41,7 @@ std::string train(const RunOptions& options, int num_ranks, const MakeHooks& mak
 RunOptions tiny_options(const fs::path& directory, TinyFamily family) {
   RunOptions options = make_tiny_run(directory, family);
   options.train.max_steps = 6;
+  options.train.save_strategy = Interval::steps;
   options.train.save_steps = 3;
   options.train.global_batch_size = 12;
   options.train.logging_strategy = Interval::no;
