@@ -95,8 +95,9 @@ void freeze_parameters(Model& model, const std::vector<std::string>& patterns) {
 LoadedModel load_for_inference(const RunOptions& options, Communicator& world) {
   LoadedModel loaded;
   loaded.source = find_model_source(options.model);
-  loaded.labels = config_labels(loaded.source.config);
-  loaded.model = build_model(loaded.source, options.model, loaded.labels);
+  loaded.model = build_model(loaded.source, options.model, {});
+  // The model's configuration, not the file's: where the file names no classes they are LABEL_0, LABEL_1, ...
+  loaded.labels = config_labels(loaded.model->config_json());
   loaded.tokenizer = build_tokenizer(loaded.source);
   loaded.max_length = resolve_max_length(options.data, *loaded.model, loaded.source);
   loaded.engine = std::make_unique<ParallelEngine>(

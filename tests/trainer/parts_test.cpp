@@ -6,6 +6,8 @@
 #include <nlohmann/json.hpp>
 
 #include "core/error.hpp"
+#include "tests/support/tiny_run.hpp"
+#include "trainer/build.hpp"
 #include "trainer/loss_scaler.hpp"
 #include "trainer/metrics.hpp"
 #include "trainer/observer.hpp"
@@ -89,6 +91,17 @@ TEST(MetricsWriter, DropsRecordsAfterTheResumedStepAndCutLines) {
   std::ifstream in(directory / "metrics.jsonl");
   std::string text((std::istreambuf_iterator<char>(in)), {});
   EXPECT_EQ(text, "{\"step\": 1}\n{\"step\": 2}\n{\"grad_norm\": null, \"loss\": 0.1, \"step\": 3}\n");
+}
+
+TEST(LoadedModel, ClassesWithoutNamesInTheConfigAreHuggingFacesDefaults) {
+  RunOptions options = testing_support::make_tiny_run(testing_support::fresh_directory("unnamed_classes"), testing_support::TinyFamily::bert);
+  const auto file = std::filesystem::path(options.model.config_name) / "config.json";
+  nlohmann::json config = nlohmann::json::parse(std::ifstream(file));
+  config.erase("id2label");
+  config["num_labels"] = 3;
+  std::ofstream(file) << config;
+  const auto world = make_self_communicator();
+  EXPECT_EQ(load_for_inference(options, *world).labels, (std::vector<std::string>{"LABEL_0", "LABEL_1", "LABEL_2"}));
 }
 
 }  // namespace
