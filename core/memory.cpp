@@ -1,11 +1,12 @@
 #include "core/memory.hpp"
 
 #include <atomic>
+#include <cstdlib>
 #include <fstream>
+#include <new>
 #include <string>
 
 #include <c10/core/CPUAllocator.h>
-#include <c10/core/impl/alloc_cpu.h>
 
 namespace shardtune {
 namespace {
@@ -23,8 +24,12 @@ std::int64_t status_bytes(const char* field) {
 
 std::atomic<std::int64_t> g_held{0}, g_peak{0};
 
-// The header keeps a 64-byte alignment of the user's part and remembers the size for the deleter.
-constexpr std::size_t kHeader = 64;
+// In front of the user's part, which is aligned to 64 bytes as LibTorch and same-bits sums need it.
+struct Header {
+  void* block;
+  std::size_t bytes;
+};
+constexpr std::size_t kAlignment = 64;
 
 void count(std::int64_t bytes) {
   const std::int64_t held = g_held.fetch_add(bytes) + bytes;
@@ -33,21 +38,26 @@ void count(std::int64_t bytes) {
   }
 }
 
+Header* header_of(void* user) { return static_cast<Header*>(user) - 1; }
+
 void release(void* user) {
   if (user == nullptr) return;
-  char* block = static_cast<char*>(user) - kHeader;
-  count(-static_cast<std::int64_t>(*reinterpret_cast<std::size_t*>(block)));
-  c10::free_cpu(block);
+  count(-static_cast<std::int64_t>(header_of(user)->bytes));
+  std::free(header_of(user)->block);
 }
 
 class CountingAllocator final : public at::Allocator {
  public:
   at::DataPtr allocate(std::size_t bytes) override {
     if (bytes == 0) return {nullptr, nullptr, &release, at::Device(at::kCPU)};
-    char* block = static_cast<char*>(c10::alloc_cpu(bytes + kHeader));
-    *reinterpret_cast<std::size_t*>(block) = bytes;
+    // Not posix_memalign, which c10::alloc_cpu uses: before glibc 2.38 it asks the heap for more than it then keeps, so a
+    // freed tensor's place never fits the next tensor of that size, and the heap grows by a third.
+    void* block = std::malloc(bytes + sizeof(Header) + kAlignment);
+    if (block == nullptr) throw std::bad_alloc();
+    const auto first = reinterpret_cast<std::uintptr_t>(block) + sizeof(Header);
+    auto* user = reinterpret_cast<void*>((first + kAlignment - 1) / kAlignment * kAlignment);
+    *header_of(user) = {block, bytes};
     count(static_cast<std::int64_t>(bytes));
-    char* user = block + kHeader;
     return {user, user, &release, at::Device(at::kCPU)};
   }
   at::DeleterFnPtr raw_deleter() const override { return &release; }
