@@ -2,6 +2,7 @@
 // The one hash of the project: XXH3-64 (xxHash library), little-endian machines only. Thread-safe.
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <string>
 #include <string_view>
 
@@ -30,6 +31,8 @@ class HashStream {
   UniqueHandle<XXH3_state_s*, StateTraits> state_;
 };
 
+// Of a whole file, read in pieces. Error{data} when it cannot be read.
+std::uint64_t hash_file(const std::filesystem::path& file);
 std::string to_hex(std::uint64_t hash);  // 16 lower-case digits
 
 }  // namespace shardtune

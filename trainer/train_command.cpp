@@ -125,7 +125,7 @@ void TrainRun::decide_identity() {
   now.run_id = broadcast_string(world_, now.run_id, 0);
   now.labels = labels_;
   now.model_hash = to_hex(hash_bytes(model_->config_json().dump()));
-  now.data_hash = to_hex(hash_bytes(read_file(options_.data.train_file))) + ":" + std::to_string(train_data_->size());
+  now.data_hash = to_hex(hash_file(options_.data.train_file)) + ":" + std::to_string(train_data_->size());
   state_.identity = now;
   if (!resume_from_.empty()) {
     const nlohmann::json stored = read_checkpoint_run_state(resume_from_);

@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <cmath>
+#include <string_view>
 
 #include <ATen/ATen.h>
 #include <fmt/format.h>
@@ -23,6 +24,16 @@ Trainer::Trainer(TrainerParts parts, TrainerSettings settings, RunState& state)
     : parts_(std::move(parts)), settings_(std::move(settings)), state_(state) {}
 
 TrainOutcome Trainer::run() {
+  try {
+    return run_steps();
+  } catch (const Error& e) {
+    const std::string where = fmt::format("step {}: ", state_.step + 1);
+    if (std::string_view(e.what()).starts_with(where)) throw;
+    throw Error(e.kind(), where + e.what(), e.where());
+  }
+}
+
+TrainOutcome Trainer::run_steps() {
   start_seconds_ = now_seconds();
   first_step_ = saved_step_ = state_.step;
   if (settings_.eval_on_start && state_.step == 0) evaluate_and_track_best();

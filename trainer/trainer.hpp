@@ -51,9 +51,11 @@ enum class TrainOutcome { finished, stopped_by_signal };
 class Trainer {
  public:
   Trainer(TrainerParts parts, TrainerSettings settings, RunState& state);
+  // Errors name the step.
   TrainOutcome run();
 
  private:
+  TrainOutcome run_steps();
   struct StepResult {
     double loss = 0, grad_norm = 0, learning_rate = 0, seconds = 0;
     std::int64_t tokens = 0, samples = 0;

@@ -1,8 +1,12 @@
+#include <filesystem>
+#include <fstream>
+
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
 #include "core/error.hpp"
 #include "core/handle.hpp"
+#include "core/hash.hpp"
 #include "core/json.hpp"
 #include "core/rng.hpp"
 
@@ -50,6 +54,18 @@ std::string message_of(const std::string& text, const JsonLimits& limits = {}) {
     return e.what();
   }
   return "";
+}
+
+TEST(Hash, AFileHashesAsItsBytesWhereverPiecesEnd) {
+  const auto file = std::filesystem::path(testing::TempDir()) / "hash_file";
+  for (const std::size_t size : {std::size_t{0}, std::size_t{1}, std::size_t{1} << 20, (std::size_t{1} << 20) + 1, std::size_t{3'000'000}}) {
+    std::string bytes(size, 'x');
+    for (std::size_t i = 0; i < size; i += 7) bytes[i] = static_cast<char>(i);
+    std::ofstream(file, std::ios::binary) << bytes;
+    EXPECT_EQ(hash_file(file), hash_bytes(bytes)) << size;
+  }
+  std::filesystem::remove(file);
+  EXPECT_THROW(hash_file(file), Error);
 }
 
 TEST(Json, RefusesWhatBrokenFilesHoldAndNamesTheFile) {
