@@ -8,12 +8,18 @@
 
 namespace shardtune {
 namespace {
-// gelu_new, gelu_fast and gelu_pytorch_tanh are three spellings of the same formula.
-constexpr std::pair<std::string_view, Activation> kNames[] = {
-    {"gelu", Activation::gelu_erf},       {"gelu_new", Activation::gelu_tanh},
-    {"gelu_fast", Activation::gelu_tanh}, {"gelu_pytorch_tanh", Activation::gelu_tanh},
-    {"relu", Activation::relu},           {"silu", Activation::silu},
-    {"swish", Activation::silu},          {"tanh", Activation::tanh}};
+// Several spellings of the same formulas.
+constexpr std::pair<std::string_view, Activation> kNames[] = {{"gelu", Activation::gelu_erf},
+                                                              {"gelu_python", Activation::gelu_erf},
+                                                              {"gelu_new", Activation::gelu_tanh},
+                                                              {"gelu_python_tanh", Activation::gelu_tanh},
+                                                              {"gelu_accurate", Activation::gelu_tanh},
+                                                              {"gelu_fast", Activation::gelu_tanh},
+                                                              {"gelu_pytorch_tanh", Activation::gelu_tanh},
+                                                              {"relu", Activation::relu},
+                                                              {"silu", Activation::silu},
+                                                              {"swish", Activation::silu},
+                                                              {"tanh", Activation::tanh}};
 }  // namespace
 
 std::optional<Activation> find_activation(std::string_view name) {

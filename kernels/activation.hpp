@@ -11,7 +11,8 @@ namespace shardtune {
 
 enum class Activation { gelu_erf, gelu_tanh, relu, silu, tanh };
 
-// gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu, silu, swish, tanh; nullopt for anything else.
+// gelu, gelu_python; gelu_new, gelu_fast, gelu_accurate, gelu_pytorch_tanh, gelu_python_tanh; relu; silu, swish; tanh;
+// nullopt for anything else.
 std::optional<Activation> find_activation(std::string_view name);
 std::string activation_names();  // the list above, for messages
 

@@ -1,6 +1,7 @@
 #include "kernels/attention.hpp"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <span>
 #include <tuple>
@@ -225,11 +226,14 @@ struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
 };
 
 void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options) {
-  check_internal(q.dim() == 3 && k.dim() == 3 && v.sizes() == k.sizes(), "attention takes [T, heads, D] tensors");
+  check_internal(
+      q.dim() == 3 && k.dim() == 3 && v.sizes() == k.sizes() && q.size(0) == k.size(0) && q.size(2) == k.size(2),
+      "attention takes q [T, H, D], k and v [T, K, D]");
   check_internal(q.size(1) % k.size(1) == 0, "query heads must be a multiple of key/value heads");
-  check_internal(options.segment_offsets != nullptr && options.segment_offsets->front() == 0 &&
-                     options.segment_offsets->back() == q.size(0) && k.size(0) == q.size(0),
-                 "segment offsets must cover the row");
+  const Offsets* offsets = options.segment_offsets.get();
+  check_internal(offsets != nullptr && offsets->size() >= 2 && offsets->front() == 0 && offsets->back() == q.size(0) &&
+                     std::adjacent_find(offsets->begin(), offsets->end(), std::greater_equal<>()) == offsets->end(),
+                 "segment offsets must cover the row and increase strictly");
 }
 
 }  // namespace

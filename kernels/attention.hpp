@@ -26,7 +26,9 @@ struct AttentionOptions {
 // contiguous. Segments of at most 256 tokens: own kernel (short_attention.hpp). Longer ones: without dropout flash
 // attention (Dao 2022) as ATen implements it for CPUs; with dropout softmax in fp32 over blocks of query rows, made
 // again in backward. Saves q, k, v, one fp32 number per (token, head), and where flash attention ran the output. The
-// mask of (token t of the row, head h, key j of the segment) is element j of row t * 2^16 + h (see dropout.hpp).
+// mask of (token t of the row, head h, key j of the segment) is element j of row t * 2^16 + h (see dropout.hpp). The bits
+// do not depend on the number of threads for short segments; for longer ones, where the matrix products are ATen's, they
+// may.
 at::Tensor varlen_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                             const AttentionOptions& options);
 // Any floating dtype; computed in that dtype by plain operations, differentiable by autograd.

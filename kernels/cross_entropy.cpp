@@ -175,13 +175,17 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
 }  // namespace
 
 at::Tensor cross_entropy_sum(const at::Tensor& logits, const at::Tensor& labels, double loss_scale) {
-  check_labels(labels, logits.size(1));
-  const at::Tensor sum = at::cross_entropy_loss(logits, labels, {}, at::Reduction::Sum, kIgnoredLabel);
+  const at::Tensor flat_labels = labels.contiguous();
+  check_labels(flat_labels, logits.size(1));
+  const at::Tensor sum = at::cross_entropy_loss(logits, flat_labels, {}, at::Reduction::Sum, kIgnoredLabel);
   return loss_scale == 1.0 ? sum : sum * loss_scale;
 }
 
 at::Tensor linear_cross_entropy_sum(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& labels,
                                     const HeadOptions& options) {
+  check_internal(
+      hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) && labels.numel() == hidden.size(0),
+      "the fused head takes hidden [T, D], weight [V, D] and labels [T]");
   const at::Tensor flat_labels = labels.contiguous();
   check_labels(flat_labels, weight.size(0));
   if (!at::GradMode::is_enabled() || !(hidden.requires_grad() || weight.requires_grad())) {

@@ -22,7 +22,7 @@ struct NormCase {
 
 std::string to_text(const NormCase& c) {
   return fmt::format("{} [{}, {}] {}", c.has_mean ? "layer_norm" : "rms_norm", c.tokens, c.width,
-                     c.dtype == at::kBFloat16 ? "bf16" : "fp32");
+                     at::toString(c.dtype));
 }
 
 std::vector<NormCase> cases() {
@@ -30,7 +30,7 @@ std::vector<NormCase> cases() {
                                                                {130, 33}, {7, 384}, {2, 1003}, {0, 24},  {200, 100}};
   std::vector<NormCase> all;
   for (const auto& [tokens, width] : kShapes)
-    for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16})
+    for (const at::ScalarType dtype : kDtypes)
       for (const bool has_mean : {false, true})
         all.push_back({tokens, width, dtype, has_mean, has_mean ? 1e-12 : 1e-6});
   return all;
@@ -144,7 +144,7 @@ TEST(Norm, StridedInputsGiveTheSameBits) {
 
 TEST(Norm, ThreadCountChangesNoBit) {
   for (const bool has_mean : {false, true})
-    for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    for (const at::ScalarType dtype : kDtypes) {
       const NormCase c{.tokens = 2600, .width = 1003, .dtype = dtype, .has_mean = has_mean, .eps = 1e-6};
       const NormInputs in(c);
       const auto compute = [&] {

@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include "core/memory.hpp"
@@ -25,7 +26,13 @@ class ThreadCountGuard {
 
 }  // namespace
 
-double unit_of(at::ScalarType dtype) { return dtype == at::kBFloat16 ? kUnitBf16 : kUnit; }
+double unit_of(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 ? kUnitBf16 : dtype == at::kHalf ? kUnitFp16 : kUnit;
+}
+
+double half_denormal_step(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 ? 0x1p-134 : dtype == at::kHalf ? 0x1p-25 : 0x1p-150;
+}
 
 at::Tensor random_tensor(std::uint64_t key, const std::vector<std::int64_t>& shape, at::ScalarType dtype) {
   at::Tensor values = at::empty(shape, at::kFloat);
@@ -46,7 +53,8 @@ void expect_within(const at::Tensor& actual, const at::Tensor& expected, const a
   ASSERT_EQ(actual.sizes(), expected.sizes()) << what;
   if (actual.numel() == 0) return;
   const at::Tensor wanted = exact(expected), error = (exact(actual) - wanted).abs();
-  const at::Tensor bound = exact(slack) + unit_of(actual.scalar_type()) * wanted.abs() + 1e-42;
+  const at::Tensor bound =
+      exact(slack) + unit_of(actual.scalar_type()) * wanted.abs() + half_denormal_step(actual.scalar_type());
   const at::Tensor ratio = (error / bound).flatten();  // NaN compares as the largest
   const auto worst = ratio.argmax().item<std::int64_t>();
   EXPECT_LE(ratio[worst].item<double>(), 1.0)
@@ -62,6 +70,12 @@ void expect_same_bits(const at::Tensor& a, const at::Tensor& b, const std::strin
   EXPECT_EQ(std::memcmp(left.const_data_ptr(), right.const_data_ptr(), left.nbytes()), 0) << what;
 }
 
+void expect_same_bits(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b, const std::string& what) {
+  ASSERT_EQ(a.size(), b.size());
+  ASSERT_FALSE(a.empty());
+  for (std::size_t i = 0; i < a.size(); ++i) expect_same_bits(a[i], b[i], fmt::format("{}, tensor {}", what, i));
+}
+
 std::vector<at::Tensor> gradients(const at::Tensor& output, const at::Tensor& seed, std::vector<at::Tensor> inputs) {
   output.backward(seed.to(output.scalar_type()));
   for (at::Tensor& input : inputs) input = input.grad();
@@ -73,14 +87,19 @@ void expect_same_bits_for_any_thread_count(const std::function<std::vector<at::T
   const ThreadCountGuard guard;
   at::set_num_threads(1);
   const std::vector<at::Tensor> single = compute();
-  ASSERT_FALSE(single.empty());
   for (const int threads : {2, 3, 5}) {
     at::set_num_threads(threads);
-    const std::vector<at::Tensor> several = compute();
-    ASSERT_EQ(several.size(), single.size());
-    for (std::size_t i = 0; i < single.size(); ++i)
-      expect_same_bits(several[i], single[i],
-                       what + ", tensor " + std::to_string(i) + ", " + std::to_string(threads) + " threads");
+    expect_same_bits(compute(), single, fmt::format("{}, {} threads", what, threads));
+  }
+}
+
+void expect_same_bits_when_repeated(const std::function<std::vector<at::Tensor>()>& compute, const std::string& what) {
+  const ThreadCountGuard guard;
+  for (const int threads : {1, 3}) {
+    at::set_num_threads(threads);
+    const std::vector<at::Tensor> first = compute();
+    const at::Tensor in_the_way = at::empty({1003});
+    expect_same_bits(compute(), first, fmt::format("{}, {} threads", what, threads));
   }
 }
 
