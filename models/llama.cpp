@@ -196,8 +196,8 @@ ModelOutput Llama::forward(const Batch& batch, UnitRunner& runner, const Forward
 
 std::optional<std::string> Llama::map_weight_name(const std::string& name_in_file) const {
   if (name_in_file.ends_with("rotary_emb.inv_freq")) return std::nullopt;
-  // HF ties after loading, so the embedding's values win over a stored copy.
-  if (config_.is_tied && name_in_file == "lm_head.weight") return std::nullopt;
+  // A file may hold either name of the tied weight, or both.
+  if (config_.is_tied && name_in_file == "lm_head.weight") return "model.embed_tokens.weight";
   for (const char* part : {"embed_tokens.", "layers.", "norm."})
     if (name_in_file.starts_with(part)) return "model." + name_in_file;
   return name_in_file;

@@ -46,7 +46,8 @@ class Model {
   virtual nlohmann::json config_json() const = 0;
   // How names in a weight file map to ours: files of the base model have no `bert.` / `model.` prefix, old files use
   // gamma/beta. Returns our parameter name, or nullopt for a tensor to ignore silently (buffers: position_ids,
-  // inv_freq) -- and the name unchanged when nothing fits (then it counts as unexpected).
+  // inv_freq) -- and the name unchanged when nothing fits (then it counts as unexpected). Two names in a file may map to
+  // one parameter (tied weights stored twice); the loader sees to it that their values are equal.
   virtual std::optional<std::string> map_weight_name(const std::string& name_in_file) const = 0;
   // Parameters that a missing-tensor report may list as "newly initialised" (task heads, pooler).
   virtual bool is_head_parameter(const std::string& name) const = 0;
@@ -62,8 +63,8 @@ struct ModelRequest {
   std::map<std::string, double> dropout;
 };
 
-// Finds the architecture by `architectures[0]`, else `model_type`. Error{config} listing what is supported otherwise.
-// Every field of the config that changes the result and is not implemented is refused by name.
+// Finds the architecture by `model_type`, without one by `architectures[0]`. Error{config} listing what is supported
+// otherwise. Every field of the config that changes the result and is not implemented is refused by name.
 std::unique_ptr<Model> make_model(const ModelRequest& request);
 
 // One line per supported model_type with its tasks, for --help and messages.

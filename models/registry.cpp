@@ -34,12 +34,13 @@ const std::vector<Architecture>& architectures() {
   return table;
 }
 
+// model_type decides, as in transformers' Auto classes; the class name counts where a config has no model_type.
 const Architecture* find(const std::string& class_name, const std::string& model_type) {
-  for (const Architecture& entry : architectures())
-    if (std::any_of(entry.classes.begin(), entry.classes.end(), [&](const char* name) { return class_name == name; }))
-      return &entry;
-  for (const Architecture& entry : architectures())
-    if (model_type == entry.model_type) return &entry;
+  for (const Architecture& entry : architectures()) {
+    const bool has_class =
+        std::any_of(entry.classes.begin(), entry.classes.end(), [&](const char* name) { return class_name == name; });
+    if (model_type.empty() ? has_class : model_type == entry.model_type) return &entry;
+  }
   return nullptr;
 }
 

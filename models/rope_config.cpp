@@ -17,9 +17,9 @@ double required(const ConfigReader& in, const char* key) {
 }
 
 // Long wavelengths are divided by factor, short ones kept, those between blended (Llama 3.1).
-at::Tensor llama3_scaled(const ConfigReader& in, const at::Tensor& frequencies) {
+at::Tensor llama3_scaled(const ConfigReader& in, double old_length, const at::Tensor& frequencies) {
   const double factor = required(in, "factor"), low = required(in, "low_freq_factor");
-  const double high = required(in, "high_freq_factor"), old_length = required(in, "original_max_position_embeddings");
+  const double high = required(in, "high_freq_factor");
   if (!(high > low)) in.refuse("'high_freq_factor' must be greater than 'low_freq_factor'");
   const at::Tensor wavelengths = 2 * kPi / frequencies;
   const at::Tensor scaled = at::where(wavelengths > old_length / low, frequencies / factor, frequencies);
@@ -33,7 +33,9 @@ at::Tensor llama3_scaled(const ConfigReader& in, const at::Tensor& frequencies) 
 
 at::Tensor read_inverse_frequencies(const nlohmann::json& config, const std::string& origin, std::int64_t head_size) {
   const ConfigReader top(config, origin);
-  const char* const key = top.has("rope_parameters") ? "rope_parameters" : "rope_scaling";
+  // The old spelling wins where both are given, unless it is empty.
+  const char* const key =
+      top.has("rope_scaling") && !config.at("rope_scaling").empty() ? "rope_scaling" : "rope_parameters";
   const nlohmann::json rope = top.has(key) ? config.at(key) : nlohmann::json::object();
   if (!rope.is_object()) top.refuse(fmt::format("'{}' must be an object", key));
   const std::string rope_origin = origin + ": " + key;
@@ -49,7 +51,11 @@ at::Tensor read_inverse_frequencies(const nlohmann::json& config, const std::str
     return frequencies;
   }
   if (type == "linear") return frequencies / required(in, "factor");
-  if (type == "llama3") return llama3_scaled(in, frequencies);
+  if (type == "llama3") {
+    const char* const length = "original_max_position_embeddings";
+    const double fallback = in.positive(length, static_cast<double>(top.integer("max_position_embeddings", 2048)));
+    return llama3_scaled(in, top.positive(length, fallback), frequencies);
+  }
   in.refuse(fmt::format("rope type '{}' is not implemented; supported: default, linear, llama3", type));
 }
 
