@@ -18,9 +18,9 @@ namespace shardtune {
 namespace fs = std::filesystem;
 namespace {
 
-// Which tensor of the files provides each of our parameters.
+// Which tensors of the files provide each of our parameters; several where a tied weight is stored under both names.
 struct Matches {
-  std::map<std::string, SafetensorsEntry> by_parameter;
+  std::multimap<std::string, std::pair<std::string, SafetensorsEntry>> by_parameter;  // -> name in the file, where
   WeightReport report;
 };
 
@@ -39,7 +39,7 @@ Matches match_names(const fs::path& model_dir, Model& model, ParallelEngine& eng
       wrong_shape.push_back(fmt::format("{}: [{}] in the file, [{}] in the model", *name, fmt::join(entry.shape, ", "),
                                         fmt::join(it->second->shape, ", ")));
     } else {
-      matches.by_parameter.emplace(*name, std::move(entry));
+      matches.by_parameter.emplace(*name, std::pair(name_in_file, std::move(entry)));
     }
   }
   if (!wrong_shape.empty())
@@ -81,9 +81,17 @@ WeightReport load_pretrained(const fs::path& model_dir, Model& model, ParallelEn
   for (ShardedParameter* p : engine.parameters()) {
     at::Tensor slice = p->slice_of(p->master);
     if (slice.numel() == 0) continue;
-    const auto entry = matches.by_parameter.find(p->parameter->name);
-    if (entry == matches.by_parameter.end()) initialize_slice(*p->parameter, seed, p->slice_offset(), slice);
-    else read_safetensors_slice(entry->second, p->slice_offset(), slice);
+    const auto [first, last] = matches.by_parameter.equal_range(p->parameter->name);
+    if (first == last) initialize_slice(*p->parameter, seed, p->slice_offset(), slice);
+    for (auto it = first; it != last; ++it) {
+      const auto& [name_in_file, entry] = it->second;
+      at::Tensor values = it == first ? slice : at::empty_like(slice);
+      read_safetensors_slice(entry, p->slice_offset(), values);
+      if (it != first && !at::equal(values, slice))
+        fail(ErrorKind::data, fmt::format("{}: {} and {} are one weight of this model, but the file holds different "
+                                          "values; set tie_word_embeddings to false in config.json if they belong apart",
+                                          model_dir.string(), first->second.first, name_in_file));
+    }
   }
   engine.weights_loaded();
   return std::move(matches.report);
