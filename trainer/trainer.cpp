@@ -122,10 +122,12 @@ void Trainer::forward_backward(const StepBatches& batches, std::vector<double>& 
     // Without a micro-batch of its own a rank takes part in the collectives with the first one; its gradients are dropped.
     const Batch& batch = batches.micro_batches[static_cast<std::size_t>(std::max<std::int64_t>(0, index))];
     const ForwardContext context{.is_training = true, .seed = settings_.seed, .step = state_.step, .micro_batch = index};
-    const std::int64_t held_before = tensor_bytes();
+    // What the forward pass leaves behind, less gathered weights: those are counted as compute copies.
+    const auto held = [&] { return tensor_bytes() - engine.memory().compute.current(); };
+    const std::int64_t held_before = held();
     engine.begin_micro_batch(round);
     const ModelOutput output = parts_.model.forward(batch, engine.runner(), context, {.loss_scale = scale});
-    activation_bytes_ = std::max(activation_bytes_, tensor_bytes() - held_before);
+    activation_bytes_ = std::max(activation_bytes_, held() - held_before);
     if (index >= 0) losses[static_cast<std::size_t>(index)] = output.loss_sum.item<double>() / loss_scale;
     engine.backward(output.loss_sum);
   }

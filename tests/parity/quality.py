@@ -63,7 +63,7 @@ def run_ours(model_dir, seed, is_bf16, is_paired, output_dir):
 
 def predictions(side, name, model_dir, seed=1, is_bf16=False, is_paired=False):
     """The run's predictions, out of the cache or by a process of its own (`quality.py SIDE ...`)."""
-    version = hashlib.sha256(pathlib.Path(common.BINARY).read_bytes()).hexdigest()[:12] if side == "ours" else "transformers"
+    version = hashlib.sha256((pathlib.Path(common.BINARY).parent / "libexec" / "shardtune").read_bytes()).hexdigest()[:12] if side == "ours" else "transformers"
     file = CACHE / f"{name}-{version}.json"
     if not file.exists():
         command = [sys.executable, __file__, side, str(model_dir), str(seed), str(int(is_bf16)), str(int(is_paired)), str(file)]
