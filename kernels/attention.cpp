@@ -22,10 +22,6 @@ using Offsets = std::vector<std::int64_t>;
 // Largest block of fp32 probabilities of the dropout path, in elements (8 MiB).
 constexpr std::int64_t kBlockElements = std::int64_t{2} << 20;
 
-std::uint64_t mask_row(std::int64_t token, std::int64_t head) {
-  return (static_cast<std::uint64_t>(token) << 16) | static_cast<std::uint64_t>(head);
-}
-
 struct OptionsHolder : torch::CustomClassHolder {
   explicit OptionsHolder(const AttentionOptions& given)
       : options(given),
@@ -111,7 +107,7 @@ at::Tensor dropout_mask(const Block& block, const DropoutSite& site) {
   at::parallel_for(0, block.heads_per_kv * rows, 64, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t head = kv_heads_before + i / rows, token = block.row_begin + i % rows;
-      fill_dropout_row(site, mask_row(token, head), std::span<float>(into + i * keys, static_cast<std::size_t>(keys)));
+      fill_dropout_row(site, dropout_row_of(token, head), std::span<float>(into + i * keys, static_cast<std::size_t>(keys)));
     }
   });
   return mask;
@@ -264,7 +260,7 @@ at::Tensor varlen_attention_reference(const at::Tensor& q, const at::Tensor& k, 
       for (std::int64_t h = 0; h < q.size(1); ++h)
         for (std::int64_t i = 0; i < n; ++i)
           for (std::int64_t j = 0; j < n; ++j)
-            mask[h][i][j] = dropout_multiplier(options.dropout, mask_row(begin + i, h), static_cast<std::uint64_t>(j));
+            mask[h][i][j] = dropout_multiplier(options.dropout, dropout_row_of(begin + i, h), static_cast<std::uint64_t>(j));
       p = p * mask.to(p.scalar_type());
     }
     outputs.push_back(at::matmul(p, vs).transpose(0, 1));

@@ -161,9 +161,9 @@ struct Problem {
   std::int64_t valid(std::int64_t row, std::int64_t n) const { return is_causal ? row + 1 : n; }
 };
 
-// The multipliers of dropout of one row; see varlen_attention for its numbering.
+// The multipliers of dropout of one row.
 void fill_mask(const Problem& p, std::int64_t token, std::int64_t head, std::int64_t columns, float* into) {
-  fill_dropout_row(p.dropout, (static_cast<std::uint64_t>(token) << 16) | static_cast<std::uint64_t>(head),
+  fill_dropout_row(p.dropout, dropout_row_of(token, head),
                    std::span<float>(into, static_cast<std::size_t>(columns)));
 }
 

@@ -10,6 +10,11 @@
 
 namespace shardtune {
 
+// The row of the dropout mask of (token of the packed row, query head); see varlen_attention.
+inline std::uint64_t dropout_row_of(std::int64_t token, std::int64_t head) {
+  return (static_cast<std::uint64_t>(token) << 16) | static_cast<std::uint64_t>(head);
+}
+
 // Longest segment these functions take; longer ones they leave alone.
 inline constexpr std::int64_t kShortSegment = 256;
 
