@@ -26,7 +26,7 @@ void HashStream::reset() noexcept { XXH3_64bits_reset(state_.get()); }
 
 void HashStream::StateTraits::destroy(XXH3_state_s* state) noexcept { XXH3_freeState(state); }
 
-std::uint64_t hash_file(const std::filesystem::path& file) {
+std::uint64_t hash_file_bytes(const std::filesystem::path& file) {
   constexpr std::uint64_t kPiece = 1 << 20;
   const UniqueFd fd = open_for_reading(file);
   const std::uint64_t size = file_size(fd.get(), file);

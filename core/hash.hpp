@@ -32,7 +32,7 @@ class HashStream {
 };
 
 // Of a whole file, read in pieces. Error{data} when it cannot be read.
-std::uint64_t hash_file(const std::filesystem::path& file);
+std::uint64_t hash_file_bytes(const std::filesystem::path& file);
 std::string to_hex(std::uint64_t hash);  // 16 lower-case digits
 
 }  // namespace shardtune

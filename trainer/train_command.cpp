@@ -125,7 +125,7 @@ void TrainRun::decide_identity() {
   now.run_id = broadcast_string(world_, now.run_id, 0);
   now.labels = labels_;
   now.model_hash = to_hex(hash_bytes(model_->config_json().dump()));
-  now.data_hash = to_hex(hash_file(options_.data.train_file)) + ":" + std::to_string(train_data_->size());
+  now.data_hash = to_hex(hash_file_bytes(options_.data.train_file)) + ":" + std::to_string(train_data_->size());
   state_.identity = now;
   if (!resume_from_.empty()) {
     const nlohmann::json stored = read_checkpoint_run_state(resume_from_);
@@ -143,8 +143,6 @@ void TrainRun::decide_identity() {
   const RunIdentity& id = state_.identity;
   const LoaderOptions loader = loader_options(id, *model_);
   settings_ = trainer_settings(options_, steps_per_epoch(train_data_->size(), loader));
-  if (settings_.eval_steps > 0 && !eval_data_)
-    fail(ErrorKind::config, "--eval_strategy asks for evaluations but there is no --validation_file");
   log::info("{} examples, {} steps of {} examples ({} micro-batches of at most {}), {} ranks, sharding {}, {}",
             train_data_->size(), settings_.max_steps, id.global_batch_size,
             (id.global_batch_size + id.per_device_train_batch_size - 1) / id.per_device_train_batch_size,

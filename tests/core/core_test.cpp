@@ -62,10 +62,10 @@ TEST(Hash, AFileHashesAsItsBytesWhereverPiecesEnd) {
     std::string bytes(size, 'x');
     for (std::size_t i = 0; i < size; i += 7) bytes[i] = static_cast<char>(i);
     std::ofstream(file, std::ios::binary) << bytes;
-    EXPECT_EQ(hash_file(file), hash_bytes(bytes)) << size;
+    EXPECT_EQ(hash_file_bytes(file), hash_bytes(bytes)) << size;
   }
   std::filesystem::remove(file);
-  EXPECT_THROW(hash_file(file), Error);
+  EXPECT_THROW(hash_file_bytes(file), Error);
 }
 
 TEST(Json, RefusesWhatBrokenFilesHoldAndNamesTheFile) {
