@@ -2,7 +2,6 @@
 
 #include <chrono>
 #include <cmath>
-#include <string_view>
 
 #include <ATen/ATen.h>
 #include <fmt/format.h>
@@ -27,9 +26,7 @@ TrainOutcome Trainer::run() {
   try {
     return run_steps();
   } catch (const Error& e) {
-    const std::string where = fmt::format("step {}: ", state_.step + 1);
-    if (std::string_view(e.what()).starts_with(where)) throw;
-    throw Error(e.kind(), where + e.what(), e.where());
+    throw Error(e.kind(), fmt::format("step {}: {}", state_.step + 1, e.what()), e.where());
   }
 }
 
@@ -105,9 +102,9 @@ bool Trainer::has_overflowed(const StepResult& result) const {
   if (std::isfinite(result.loss) && std::isfinite(result.grad_norm)) return false;
   if (state_.scaler.is_on()) return true;
   fail(ErrorKind::numeric,
-       fmt::format("step {}: loss {} and gradient norm {} are not finite; lower --learning_rate, check the data, or train "
+       fmt::format("loss {} and gradient norm {} are not finite; lower --learning_rate, check the data, or train "
                    "without --bf16. The last checkpoint is intact",
-                   state_.step + 1, result.loss, result.grad_norm));
+                   result.loss, result.grad_norm));
 }
 
 void Trainer::forward_backward(const StepBatches& batches, std::vector<double>& losses) {
