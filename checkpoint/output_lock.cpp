@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "core/error.hpp"
+#include "core/host.hpp"
 #include "core/log.hpp"
 
 namespace shardtune {
@@ -31,9 +32,7 @@ Attempt try_lock(int fd, int operation) {
 }
 
 std::string describe_self(const std::string& purpose) {
-  char host[256] = "";
-  ::gethostname(host, sizeof(host) - 1);
-  return fmt::format("{}, process {} on {}, since {:%Y-%m-%d %H:%M:%S}", purpose, ::getpid(), host,
+  return fmt::format("{}, process {} on {}, since {:%Y-%m-%d %H:%M:%S}", purpose, ::getpid(), host_name(),
                      fmt::localtime(std::time(nullptr)));
 }
 

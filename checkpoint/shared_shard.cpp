@@ -4,10 +4,10 @@
 
 #include <ATen/ops/empty.h>
 #include <fmt/format.h>
-#include <unistd.h>
 #include <nlohmann/json.hpp>
 
 #include "core/error.hpp"
+#include "core/host.hpp"
 #include "distributed/comm/exchange.hpp"
 
 namespace shardtune {
@@ -61,9 +61,7 @@ void unpack_pieces(std::string_view bytes, std::vector<WrittenPiece>& into) { un
 std::unique_ptr<Communicator> split_by_file(Communicator& communicator, int ranks_per_file) {
   check_internal(ranks_per_file > 0, "split_by_file: at least one rank writes a file");
   if (ranks_per_file == 1) return nullptr;
-  char host[256] = "";
-  ::gethostname(host, sizeof(host) - 1);
-  const std::vector<std::string> hosts = all_gather_strings(communicator, host);
+  const std::vector<std::string> hosts = all_gather_strings(communicator, host_name());
   for (std::size_t rank = 0; rank < hosts.size(); ++rank) {
     const std::size_t owner = rank - rank % static_cast<std::size_t>(ranks_per_file);
     if (hosts[rank] != hosts[owner])

@@ -1,7 +1,6 @@
 #include "trainer/build.hpp"
 
 #include <fnmatch.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -11,6 +10,7 @@
 
 #include "checkpoint/checkpoint_store.hpp"
 #include "core/error.hpp"
+#include "core/host.hpp"
 #include "core/log.hpp"
 #include "distributed/comm/exchange.hpp"
 #include "distributed/parallel/sharding_plan.hpp"
@@ -67,11 +67,8 @@ ParallelOptions parallel_options(const TrainOptions& train, Communicator& world)
     const bool is_selective = train.gradient_checkpointing_mode == "selective";
     options.recompute.mode = is_selective ? RecomputeMode::selective : RecomputeMode::full;
   }
-  if (options.plan.shard_axis == MeshAxis::node && options.hsdp_shard_size == 0) {
-    char host[256] = {};
-    ::gethostname(host, sizeof host - 1);
-    options.hsdp_shard_size = ranks_per_node(world, host);
-  }
+  if (options.plan.shard_axis == MeshAxis::node && options.hsdp_shard_size == 0)
+    options.hsdp_shard_size = ranks_per_node(world, host_name());
   return options;
 }
 

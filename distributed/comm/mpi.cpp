@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #include "core/error.hpp"
+#include "core/host.hpp"
 #include "core/handle.hpp"
 #include "core/log.hpp"
 #include "distributed/comm/communication_thread.hpp"
@@ -228,8 +229,7 @@ MpiEnvironment::MpiEnvironment(int* argc, char*** argv) : impl_(std::make_shared
   // Alone, MPI would start a daemon of its own just to be told so: 0.2 s, and files in /tmp.
   if (!is_started_by_launcher()) {
     impl_->uses_mpi = false;
-    std::array<char, 256> name{};
-    if (::gethostname(name.data(), name.size() - 1) == 0) impl_->host = name.data();
+    impl_->host = host_name();
     const char* tasks = std::getenv("SLURM_NTASKS");
     const char* task = std::getenv("SLURM_PROCID");
     if (tasks != nullptr && task != nullptr && std::atoi(tasks) > 1)
