@@ -13,18 +13,6 @@
 namespace shardtune::toy {
 namespace {
 
-std::int64_t storage_bytes(const Unit& unit) {
-  std::int64_t bytes = 0;
-  for (const Parameter* p : unit.parameters) bytes += static_cast<std::int64_t>(p->value.storage().nbytes());
-  return bytes;
-}
-
-std::int64_t full_bytes(const Unit& unit) {
-  std::int64_t bytes = 0;
-  for (const Parameter* p : unit.parameters) bytes += p->numel() * static_cast<std::int64_t>(p->value.element_size());
-  return bytes;
-}
-
 TEST(Evaluation, UnequalNumbersOfBatchesGiveThePlainLosses) {
   at::set_num_threads(1);
   constexpr std::int64_t kBatches = 5;

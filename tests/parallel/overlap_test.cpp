@@ -21,7 +21,7 @@ Events events_of_a_step(ToyRun run, int num_earlier_steps = 0) {
     at::set_num_threads(1);
     const bool is_watched = world.rank() == 0;
     CommunicatorHooks hooks;
-    if (is_watched) hooks.before = [&](const std::string& operation) { events.push_back(operation); };
+    if (is_watched) hooks.before = [&](const std::string& operation, const at::Tensor&) { events.push_back(operation); };
     WrappingCommunicator watched(world, hooks);
     Rank rank(run, watched);
     for (int i = 0; i < num_earlier_steps; ++i) {

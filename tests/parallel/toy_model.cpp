@@ -135,6 +135,18 @@ at::Tensor Model::loss(const Batch& batch, UnitRunner& runner) {
   return at::cross_entropy_loss(logits_TV, batch.labels_T, {}, at::Reduction::Sum);
 }
 
+std::int64_t storage_bytes(const Unit& unit) {
+  std::int64_t bytes = 0;
+  for (const Parameter* p : unit.parameters) bytes += static_cast<std::int64_t>(p->value.storage().nbytes());
+  return bytes;
+}
+
+std::int64_t full_bytes(const Unit& unit) {
+  std::int64_t bytes = 0;
+  for (const Parameter* p : unit.parameters) bytes += p->numel() * static_cast<std::int64_t>(p->value.element_size());
+  return bytes;
+}
+
 at::Tensor initial_weight(const Parameter& parameter) {
   PhiloxStream random(hash_bytes(parameter.name));
   at::Tensor weight = at::empty(parameter.shape, at::kFloat);

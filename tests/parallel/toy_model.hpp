@@ -41,6 +41,10 @@ class Model {
   std::deque<Unit> units_;
 };
 
+// Bytes that a unit's compute copies hold now, and that they hold while the unit is gathered.
+std::int64_t storage_bytes(const Unit& unit);
+std::int64_t full_bytes(const Unit& unit);
+
 using Tensors = std::map<std::string, at::Tensor>;
 
 // fp32 initial weights by name.

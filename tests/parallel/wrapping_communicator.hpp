@@ -10,7 +10,9 @@
 namespace shardtune::toy {
 
 struct CommunicatorHooks {
-  std::function<void(const std::string& operation)> before = [](const std::string&) {};
+  // `sent` may be changed: what leaves this rank is what the hook makes of it.
+  std::function<void(const std::string& operation, at::Tensor sent)> before = [](const std::string&,
+                                                                                 const at::Tensor&) {};
   std::function<void(const std::string& operation, at::Tensor out)> after = [](const std::string&, const at::Tensor&) {
   };
 };
@@ -23,19 +25,19 @@ class WrappingCommunicator final : public Communicator {
   int rank() const override { return inner_->rank(); }
   int size() const override { return inner_->size(); }
   Work all_reduce(at::Tensor tensor, ReduceOp op) override {
-    return wrap("all_reduce", tensor, [&] { return inner_->all_reduce(tensor, op); });
+    return wrap("all_reduce", tensor, tensor, [&] { return inner_->all_reduce(tensor, op); });
   }
   Work all_gather(at::Tensor out, at::Tensor in, Counts counts) override {
-    return wrap("all_gather", out, [&] { return inner_->all_gather(out, in, counts); });
+    return wrap("all_gather", in, out, [&] { return inner_->all_gather(out, in, counts); });
   }
   Work reduce_scatter(at::Tensor out, at::Tensor in, Counts counts) override {
-    return wrap("reduce_scatter", out, [&] { return inner_->reduce_scatter(out, in, counts); });
+    return wrap("reduce_scatter", in, out, [&] { return inner_->reduce_scatter(out, in, counts); });
   }
   Work all_to_all(at::Tensor out, Counts out_counts, at::Tensor in, Counts in_counts) override {
-    return wrap("all_to_all", out, [&] { return inner_->all_to_all(out, out_counts, in, in_counts); });
+    return wrap("all_to_all", in, out, [&] { return inner_->all_to_all(out, out_counts, in, in_counts); });
   }
   Work broadcast(at::Tensor tensor, int root) override {
-    return wrap("broadcast", tensor, [&] { return inner_->broadcast(tensor, root); });
+    return wrap("broadcast", tensor, tensor, [&] { return inner_->broadcast(tensor, root); });
   }
   void barrier() override { inner_->barrier(); }
   std::unique_ptr<Communicator> split(int color, int key) override {
@@ -47,8 +49,8 @@ class WrappingCommunicator final : public Communicator {
 
  private:
   template <class Issue>
-  Work wrap(const std::string& operation, const at::Tensor& out, const Issue& issue) {
-    hooks_.before(operation);
+  Work wrap(const std::string& operation, const at::Tensor& sent, const at::Tensor& out, const Issue& issue) {
+    hooks_.before(operation, sent);
     auto work = std::make_shared<Work>(issue());
     return Work([this, operation, out, work] {
       work->wait();

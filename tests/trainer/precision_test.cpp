@@ -3,18 +3,14 @@
 #include <limits>
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
 #include "checkpoint/checkpoint_store.hpp"
 #include "core/error.hpp"
-#include "core/log.hpp"
-#include "distributed/comm/thread_group.hpp"
-#include "tests/parallel/wrapping_communicator.hpp"
 #include "tests/support/tiny_run.hpp"
-#include "trainer/commands.hpp"
+#include "tests/trainer/thread_run.hpp"
 
 namespace shardtune {
 namespace {
@@ -22,21 +18,10 @@ namespace {
 namespace fs = std::filesystem;
 using testing_support::fresh_directory;
 using testing_support::make_tiny_run;
+using testing_support::MakeHooks;
 using testing_support::sha256_of;
 using testing_support::TinyFamily;
-
-using MakeHooks = std::function<toy::CommunicatorHooks(int rank)>;
-
-// The hash of the weights after training on thread ranks into output_dir.
-std::string train(const RunOptions& options, int num_ranks, const MakeHooks& make_hooks = {}) {
-  log::set_level(log::Level::error);
-  run_thread_ranks(num_ranks, [&](Communicator& world) {
-    at::set_num_threads(1);
-    toy::WrappingCommunicator wrapped(world, make_hooks ? make_hooks(world.rank()) : toy::CommunicatorHooks{});
-    EXPECT_EQ(run_train(options, wrapped), 0);
-  });
-  return sha256_of(options.train.output_dir + "/model/model.safetensors");
-}
+using testing_support::train_on_threads;
 
 RunOptions tiny_options(const fs::path& directory, TinyFamily family) {
   RunOptions options = make_tiny_run(directory, family);
@@ -57,7 +42,7 @@ std::string resume(RunOptions options, int num_ranks, const std::string& name) {
   fs::remove(copy + "/latest");
   options.train.output_dir = copy;
   options.train.resume_from_checkpoint = "true";
-  return train(options, num_ranks);
+  return train_on_threads(options, num_ranks);
 }
 
 void expect_one_hash(const std::string& name, const std::function<void(TrainOptions&)>& adjust) {
@@ -66,13 +51,13 @@ void expect_one_hash(const std::string& name, const std::function<void(TrainOpti
     RunOptions options = tiny_options(directory, family);
     adjust(options.train);
     options.train.output_dir = directory / "reference";
-    const std::string wanted = train(options, 1);
+    const std::string wanted = train_on_threads(options, 1);
     EXPECT_EQ(resume(options, 3, "resumed"), wanted) << name;
     for (const char* plan : {"ddp", "zero1", "zero2", "zero3", "hsdp"}) {
       options.train.sharding = plan;
       options.train.hsdp_shard_size = plan == std::string("hsdp") ? 2 : 0;
       options.train.output_dir = directory / plan;
-      EXPECT_EQ(train(options, 4), wanted) << name << " " << plan;
+      EXPECT_EQ(train_on_threads(options, 4), wanted) << name << " " << plan;
     }
     fs::remove_all(directory);
   }
@@ -112,10 +97,10 @@ TEST(Precision, AnOverflowOnOneRankIsSkippedByAllAndHalvesTheScale) {
     options.train.fp16 = true;
     options.train.sharding = plan;
     options.train.output_dir = directory / "plain";
-    const std::string undisturbed = train(options, 2);
+    const std::string undisturbed = train_on_threads(options, 2);
     const nlohmann::json before = read_checkpoint_run_state(directory / "plain/checkpoint-6").at("state");
     options.train.output_dir = directory / "disturbed";
-    EXPECT_NE(train(options, 2, overflow_once()), undisturbed);
+    EXPECT_NE(train_on_threads(options, 2, overflow_once()), undisturbed);
     const nlohmann::json after = read_checkpoint_run_state(directory / "disturbed/checkpoint-6").at("state");
     EXPECT_EQ(after.at("skipped_steps"), before.at("skipped_steps").get<int>() + 1) << plan;
     EXPECT_EQ(after.at("loss_scale"), before.at("loss_scale").get<double>() / 2) << plan;
@@ -130,7 +115,7 @@ TEST(Precision, AnOverflowOnOneRankIsSkippedByAllAndHalvesTheScale) {
 TEST(Precision, TheSameInfinityEndsARunThatHasNoLossScale) {
   const auto directory = fresh_directory("overflow_fp32");
   RunOptions options = tiny_options(directory, TinyFamily::bert);
-  EXPECT_THROW(train(options, 2, overflow_once()), Error);
+  EXPECT_THROW(train_on_threads(options, 2, overflow_once()), Error);
   fs::remove_all(directory);
 }
 

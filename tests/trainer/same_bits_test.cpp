@@ -1,17 +1,13 @@
 // The promise of the project: the number of ranks, the plan and recomputation do not change a bit of the result.
 #include <functional>
 #include <map>
-#include <memory>
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
-#include "core/log.hpp"
-#include "distributed/comm/thread_group.hpp"
 #include "tests/support/tiny_run.hpp"
-#include "trainer/commands.hpp"
+#include "tests/trainer/thread_run.hpp"
 
 namespace shardtune {
 namespace {
@@ -20,48 +16,23 @@ using testing_support::fresh_directory;
 using testing_support::make_tiny_run;
 using testing_support::sha256_of;
 using testing_support::TinyFamily;
+using testing_support::train_on_threads;
 
-// Forwards to another communicator, but spoils the gradients that leave this rank: what a bug in the engine would do.
-class SpoilingCommunicator final : public Communicator {
- public:
-  using Spoil = std::function<void(at::Tensor sent)>;
-  SpoilingCommunicator(Communicator& inner, Spoil spoil) : inner_(&inner), spoil_(std::move(spoil)) {}
-  SpoilingCommunicator(std::unique_ptr<Communicator> inner, Spoil spoil)
-      : owned_(std::move(inner)), inner_(owned_.get()), spoil_(std::move(spoil)) {}
+// Spoils the gradients that leave a rank: what a bug in the engine would do.
+using Spoil = std::function<void(at::Tensor sent)>;
 
-  int rank() const override { return inner_->rank(); }
-  int size() const override { return inner_->size(); }
-  Work all_reduce(at::Tensor tensor, ReduceOp op) override { return inner_->all_reduce(tensor, op); }
-  Work all_gather(at::Tensor out, at::Tensor in, Counts counts) override { return inner_->all_gather(out, in, counts); }
-  Work reduce_scatter(at::Tensor out, at::Tensor in, Counts counts) override { return inner_->reduce_scatter(out, in, counts); }
-  Work all_to_all(at::Tensor out, Counts out_counts, at::Tensor in, Counts in_counts) override {
-    if (in.numel() > 0 && in.is_floating_point()) spoil_(in);
-    return inner_->all_to_all(out, out_counts, in, in_counts);
-  }
-  Work broadcast(at::Tensor tensor, int root) override { return inner_->broadcast(tensor, root); }
-  void barrier() override { inner_->barrier(); }
-  std::unique_ptr<Communicator> split(int color, int key) override {
-    return std::make_unique<SpoilingCommunicator>(inner_->split(color, key), spoil_);
-  }
-
- private:
-  std::unique_ptr<Communicator> owned_;
-  Communicator* inner_;
-  Spoil spoil_;
-};
-
-// Trains on thread ranks and returns the hash of the exported weights. With `spoil`, rank 1 has a bug.
-std::string train(RunOptions options, int num_ranks, const std::string& name, const SpoilingCommunicator::Spoil& spoil = {}) {
+// The hash of the exported weights after training on thread ranks. With `spoil`, rank 1 has a bug.
+std::string train(RunOptions options, int num_ranks, const std::string& name, const Spoil& spoil = {}) {
   options.train.output_dir += "_" + name;
   options.train.logging_strategy = Interval::no;
-  log::set_level(log::Level::error);
-  run_thread_ranks(num_ranks, [&](Communicator& world) {
-    at::set_num_threads(1);
-    SpoilingCommunicator spoiling(world, spoil);
-    const bool is_culprit = spoil && world.rank() == 1;
-    EXPECT_EQ(run_train(options, is_culprit ? static_cast<Communicator&>(spoiling) : world), 0);
+  return train_on_threads(options, num_ranks, [&spoil](int rank) {
+    toy::CommunicatorHooks hooks;
+    if (!spoil || rank != 1) return hooks;
+    hooks.before = [&spoil](const std::string& operation, const at::Tensor& sent) {
+      if (operation == "all_to_all" && sent.numel() > 0 && sent.is_floating_point()) spoil(sent);
+    };
+    return hooks;
   });
-  return sha256_of(options.train.output_dir + "/model/model.safetensors");
 }
 
 void expect_one_hash(TinyFamily family, int accumulation, bool bf16) {
