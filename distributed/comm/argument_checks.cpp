@@ -7,6 +7,17 @@
 namespace shardtune {
 namespace {
 
+bool is_communicated(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+    case at::kDouble:
+    case at::kBFloat16:
+    case at::kLong:
+    case at::kByte: return true;
+    default: return false;
+  }
+}
+
 void check_tensor(const char* operation, const char* name, const at::Tensor& tensor) {
   const auto refuse = [&](const std::string& what) {
     fail(ErrorKind::internal, fmt::format("{}: tensor '{}' {}", operation, name, what));
@@ -14,12 +25,9 @@ void check_tensor(const char* operation, const char* name, const at::Tensor& ten
   if (!tensor.defined()) refuse("is undefined");
   if (!tensor.device().is_cpu()) refuse(fmt::format("is on {}, this backend needs the CPU", tensor.device().str()));
   if (!tensor.is_contiguous()) refuse("is not contiguous");
-  switch (tensor.scalar_type()) {
-    case at::kFloat: case at::kDouble: case at::kBFloat16: case at::kLong: case at::kByte: return;
-    default:
-      refuse(fmt::format("is of dtype {}; fp32, fp64, bf16, int64 and uint8 are communicated",
-                         c10::toString(tensor.scalar_type())));
-  }
+  if (is_communicated(tensor.scalar_type())) return;
+  refuse(fmt::format("is of dtype {}; fp32, fp64, bf16, int64 and uint8 are communicated",
+                     c10::toString(tensor.scalar_type())));
 }
 
 void check_pair(const char* operation, const at::Tensor& out, const at::Tensor& in) {
@@ -120,6 +128,14 @@ void check_all_to_all(const AllToAllArguments& arguments, int rank, int size) {
 void check_broadcast(const at::Tensor& tensor, int root, int size) {
   check_tensor("broadcast", "tensor", tensor);
   if (root < 0 || root >= size) fail(ErrorKind::internal, fmt::format("broadcast: root {} of {} ranks", root, size));
+}
+
+void check_make_buffer(std::int64_t numel, at::ScalarType dtype) {
+  if (numel < 0 || !is_communicated(dtype)) {
+    fail(ErrorKind::internal, fmt::format("make_buffer: {} elements of {}; fp32, fp64, bf16, int64 and uint8 are "
+                                          "communicated",
+                                          numel, c10::toString(dtype)));
+  }
 }
 
 void check_split(int color) {

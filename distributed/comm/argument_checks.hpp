@@ -18,6 +18,7 @@ struct AllToAllArguments {
 };
 void check_all_to_all(const AllToAllArguments& arguments, int rank, int size);
 void check_broadcast(const at::Tensor& tensor, int root, int size);
+void check_make_buffer(std::int64_t numel, at::ScalarType dtype);
 void check_split(int color);
 
 }  // namespace shardtune

@@ -1,5 +1,5 @@
 #pragma once
-// The one thread of a process that calls MPI after start-up. Internal to distributed/comm.
+// The thread of a process that communicates while the others compute. Internal to distributed/comm.
 #include <functional>
 #include <memory>
 #include <thread>
@@ -8,8 +8,11 @@
 
 namespace shardtune {
 
-// Executes operations in the order of submission and sleeps while there are none. After an operation has failed, every
-// later one fails with Error{comm} without being started: the ranks are out of step. submit() is thread-safe.
+// Executes operations in the order of submission, one at a time, and sleeps while there are none. A caller that waits
+// for an operation which has not begun yet executes what is due up to it, in place of the thread: nothing can be hidden
+// then, and two changes of thread are saved. So MPI is called by one thread at a time (MPI_THREAD_SERIALIZED). After an
+// operation has failed, every later one fails with Error{comm} without being started: the ranks are out of step.
+// submit() is thread-safe.
 class CommunicationThread final : public Executor {
  public:
   CommunicationThread();
@@ -24,8 +27,6 @@ class CommunicationThread final : public Executor {
 
  private:
   struct State;
-  static void run(State& state);
-
   std::shared_ptr<State> state_;
   std::thread thread_;
 };

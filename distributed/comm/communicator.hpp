@@ -15,6 +15,7 @@
 #include <utility>
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 
 namespace shardtune {
 
@@ -56,6 +57,10 @@ class Communicator {
   [[nodiscard]] virtual Work all_to_all(at::Tensor out, Counts out_counts, at::Tensor in, Counts in_counts) = 0;
   [[nodiscard]] virtual Work broadcast(at::Tensor tensor, int root) = 0;
   virtual void barrier() = 0;  // blocks
+  // Collective, blocks: an uninitialised tensor of `numel` elements, the same number on every rank, in memory that this
+  // group's collectives work on without copies where the backend knows such memory (ranks of one node); elsewhere an
+  // ordinary tensor, as here. Only speed depends on it. Made to be kept: one costs as much as many collectives.
+  virtual at::Tensor make_buffer(std::int64_t numel, at::ScalarType dtype);
   // Collective. Ranks of one colour form a group, ordered by (key, rank). Colours are >= 0.
   virtual std::unique_ptr<Communicator> split(int color, int key) = 0;
 };

@@ -1,5 +1,5 @@
 #pragma once
-// MPI as launcher and transport. The only place that knows MPI; its headers stay in mpi.cpp.
+// MPI as launcher and transport. The only place that knows MPI; its headers stay in mpi*.cpp.
 #include <memory>
 #include <string>
 
@@ -21,9 +21,10 @@ class MpiEnvironment {
   int size() const noexcept;
   std::string host() const;
 
-  // The communicator of all ranks. From its creation until its destruction the communication thread alone calls MPI:
-  // it executes operations in program order (Open MPI 4.1 makes no progress outside MPI calls).
-  // Counts above INT_MAX are chunked; MPI_ERRORS_RETURN is set. Call once.
+  // The communicator of all ranks. From its creation until its destruction only its operations call MPI, in program
+  // order, on the communication thread or on a thread that waits for them (Open MPI 4.1 makes no progress outside MPI
+  // calls). Ranks of one machine use shared memory where the system allows it. Counts above INT_MAX are chunked;
+  // MPI_ERRORS_RETURN is set. docs/collectives.md has the environment variables. Call once.
   std::unique_ptr<Communicator> world();
 
   // Ends the whole job with this exit code, from any thread, without waiting for peers.

@@ -1,5 +1,7 @@
 #include <cstring>
 
+#include <ATen/ops/empty.h>
+
 #include "distributed/comm/argument_checks.hpp"
 #include "distributed/comm/communicator.hpp"
 
@@ -46,6 +48,11 @@ class SelfCommunicator final : public Communicator {
 };
 
 }  // namespace
+
+at::Tensor Communicator::make_buffer(std::int64_t numel, at::ScalarType dtype) {
+  check_make_buffer(numel, dtype);
+  return at::empty({numel}, dtype);
+}
 
 std::unique_ptr<Communicator> make_self_communicator() { return std::make_unique<SelfCommunicator>(); }
 

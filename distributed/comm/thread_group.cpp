@@ -129,6 +129,7 @@ class ThreadTransport final : public Transport {
     release(error);
   }
 
+  std::string describe() const override { return "threads"; }
   void barrier() override { group_->synchronize(); }
 
   std::unique_ptr<Transport> split(int color, int key) override {

@@ -1,14 +1,17 @@
 #pragma once
-// What a backend must provide: moving bytes between the ranks of one group, and where operations run.
-// All arithmetic is above it (collective_operations.hpp), so that every backend gives the same bits.
+// What a backend must provide: moving bytes between the ranks of one group, and where operations run. What combines
+// numbers goes through reduce_pieces (ordered_reduction.hpp), so that every backend gives the same bits.
 // Internal to distributed/comm.
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <span>
+#include <string>
+#include <vector>
 
 #include "distributed/comm/communicator.hpp"
+#include "distributed/comm/ordered_reduction.hpp"
 
 namespace shardtune {
 
@@ -30,7 +33,25 @@ class Transport {
   virtual void barrier() = 0;
   // Ranks of one colour, ordered by (key, rank). Colours are >= 0.
   virtual std::unique_ptr<Transport> split(int color, int key) = 0;
+
+  // Reductions. Made of the movements above; a backend may join movement and sum, never reorder the sum.
+  // data := the reduction over ranks, numel elements, not partial.
+  virtual void all_reduce(std::byte* data, std::int64_t numel, const Reduction& reduction);
+  // out := part rank() of the reduction over ranks of `in`; `numels` are the elements of each part. `out` may be
+  // exactly this rank's part of `in` where the element sizes are the same.
+  virtual void reduce_scatter(const std::byte* in, Counts numels, std::byte* out, const Reduction& reduction);
+
+  virtual std::string describe() const = 0;  // how bytes move, in a few words
+
+  // Memory of this rank that the group's operations reach without copies (the same size on every rank); null where
+  // there is no such thing. It is valid as long as this pointer, also after the transport's end.
+  virtual std::shared_ptr<std::byte> make_buffer(std::int64_t bytes);
 };
+
+// Equal slices for all but the last ranks, in multiples of 64 elements, so that no two ranks write one cache line.
+std::vector<std::int64_t> even_slices(std::int64_t numel, int num_ranks);
+// Where each part begins; one entry more than parts, the last is the total.
+std::vector<std::int64_t> offsets_of(Transport::Counts counts);
 
 // Runs the operations of one process (or thread rank) in the order of their submission.
 class Executor {

@@ -3,6 +3,8 @@
 #include <utility>
 #include <vector>
 
+#include <ATen/ops/from_blob.h>
+
 #include "core/hash.hpp"
 #include "distributed/comm/argument_checks.hpp"
 
@@ -91,11 +93,30 @@ void TransportCommunicator::barrier() {
   submit(fingerprint_of(Operation::barrier), [](Transport& transport) { transport.barrier(); }).wait();
 }
 
+at::Tensor TransportCommunicator::make_buffer(std::int64_t numel, at::ScalarType dtype) {
+  check_make_buffer(numel, dtype);
+  const auto bytes = numel * static_cast<std::int64_t>(c10::elementSize(dtype));
+  std::shared_ptr<std::byte> memory;
+  Fingerprint print = fingerprint_of(Operation::make_buffer);
+  print.numel = bytes;
+  submit(print, [&memory, bytes](Transport& transport) {
+    if (bytes > 0) memory = transport.make_buffer(bytes);
+  }).wait();
+  if (!memory) return Communicator::make_buffer(numel, dtype);
+  void* data = memory.get();
+  return at::from_blob(
+      data, {numel}, [memory = std::move(memory)](void*) mutable { memory.reset(); }, dtype);
+}
+
 std::unique_ptr<Communicator> TransportCommunicator::split(int color, int key) {
   check_split(color);
+  return split_by([color, key](Transport& transport) { return transport.split(color, key); });
+}
+
+std::unique_ptr<Communicator> TransportCommunicator::split_by(const Split& split) {
   std::shared_ptr<Transport> part;
-  submit(fingerprint_of(Operation::split), [&part, color, key](Transport& transport) {
-    part = transport.split(color, key);
+  submit(fingerprint_of(Operation::split), [&part, &split](Transport& transport) {
+    part = split(transport);
     if (part->size() == 1) part.reset();
   }).wait();
   if (!part) return make_self_communicator();

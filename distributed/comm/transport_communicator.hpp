@@ -1,6 +1,7 @@
 #pragma once
 // The Communicator of every multi-rank backend: checks arguments, then hands the operation to its executor.
 // Internal to distributed/comm.
+#include <functional>
 #include <memory>
 
 #include "distributed/comm/collective_operations.hpp"
@@ -25,9 +26,13 @@ class TransportCommunicator final : public Communicator {
   Work all_to_all(at::Tensor out, Counts out_counts, at::Tensor in, Counts in_counts) override;
   Work broadcast(at::Tensor tensor, int root) override;
   void barrier() override;
+  at::Tensor make_buffer(std::int64_t numel, at::ScalarType dtype) override;
   std::unique_ptr<Communicator> split(int color, int key) override;
 
-  Transport& transport() noexcept { return *transport_; }  // for tests; only while no operation runs
+  // For tests. Collective: a part of this group's transport, made by `split` where operations run.
+  using Split = std::function<std::unique_ptr<Transport>(Transport&)>;
+  std::unique_ptr<Communicator> split_by(const Split& split);
+  Transport& transport() const noexcept { return *transport_; }  // only while no operation runs
 
  private:
   template <class Operation>

@@ -1,7 +1,8 @@
 // The MPI backend, under mpirun at several numbers of ranks.
+#include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <ctime>
-#include <chrono>
 #include <memory>
 #include <vector>
 
@@ -9,9 +10,10 @@
 #include <gtest/gtest.h>
 
 #include "core/error.hpp"
-#include "distributed/comm/mpi_internal.hpp"
 #include "distributed/comm/process_mesh.hpp"
 #include "distributed/comm/thread_group.hpp"
+#include "distributed/comm/transport_seams.hpp"
+#include "tests/comm/buffered_communicator.hpp"
 #include "tests/comm/conformance.hpp"
 #include "tests/support/mpi_test.hpp"
 
@@ -19,6 +21,18 @@ namespace shardtune {
 namespace {
 
 TEST(MpiCommunicator, PassesTheConformanceSuite) { conformance::run_all(mpi_world()); }
+
+// The registration of this run says what must be in use: no quiet fallback.
+TEST(MpiCommunicator, MovesBytesAsTheRunIsMeantTo) {
+  const char* expected = std::getenv("SHARDTUNE_EXPECTED_TRANSPORT");
+  ASSERT_NE(expected, nullptr);
+  EXPECT_EQ(describe_transport(mpi_world()), mpi_world().size() > 1 ? expected : "self");
+}
+
+TEST(MpiCommunicator, PassesTheConformanceSuiteOnTensorsInBuffers) {
+  const auto buffered = conformance::make_buffered_communicator(mpi_world(), /*uses_buffers=*/true);
+  conformance::run_all(*buffered);
+}
 
 TEST(MpiCommunicator, PassesTheConformanceSuiteInASplitGroup) {
   const auto reversed = mpi_world().split(3, -mpi_world().rank());

@@ -1,10 +1,12 @@
 // Started under mpirun by mpi_faults_test: one way of failing per run, named by the first argument.
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <string>
 
 #include <ATen/ATen.h>
+#include <unistd.h>
 
 #include "core/error.hpp"
 #include "distributed/comm/mpi.hpp"
@@ -12,6 +14,16 @@
 namespace {
 
 using namespace shardtune;
+
+// More than the machine's shared memory may hold: tensors of 64 MiB, one of them in a buffer.
+void reduce_large_tensors(Communicator& world) {
+  const std::int64_t numel = 16 << 20;
+  const at::Tensor buffer = world.make_buffer(numel, at::kFloat);
+  for (const at::Tensor& large : {at::ones({numel}, at::kFloat), buffer.fill_(1)}) {
+    world.all_reduce(large, ReduceOp::sum).wait();
+    if (!at::equal(large, at::full({numel}, world.size(), at::kFloat))) fail(ErrorKind::internal, "a wrong sum");
+  }
+}
 
 int run(MpiEnvironment& environment, const std::string& fault) {
   const auto world = environment.world();
@@ -33,6 +45,17 @@ int run(MpiEnvironment& environment, const std::string& fault) {
     }
     pending.wait();
   }
+  if (fault == "die") {
+    if (is_culprit) ::raise(SIGKILL);
+    world->barrier();
+  }
+  if (fault == "hang") {
+    if (is_culprit) {
+      for (;;) ::pause();
+    }
+    world->all_reduce(tensor, ReduceOp::sum).wait();
+  }
+  if (fault == "large") reduce_large_tensors(*world);
   if (fault == "throw") {
     // The culprit leaves with a collective under way that its peers never enter: no destructor may wait for them.
     if (is_culprit) {

@@ -42,7 +42,7 @@ struct ThirdPartyRule {
 };
 constexpr ThirdPartyRule kThirdPartyRules[] = {
     {"(torch/torch|torch/all|torch/extension)\\.h", "$^", "nowhere"},
-    {"mpi\\.h|mpi-ext\\.h", "(distributed/comm/|tests/support/).*\\.cpp", "distributed/comm/*.cpp"},
+    {"mpi\\.h|mpi-ext\\.h", "(distributed/comm/|tests/support/|benchmarks/).*\\.cpp", "distributed/comm/*.cpp"},
     {"nccl\\.h", "$^", "nowhere before the CUDA module"},
     {"(hdf5|H5.*)\\.h", "(checkpoint|tests/checkpoint)/.*\\.cpp", "checkpoint/*.cpp"},
     {"boost/.*", "launcher/.*\\.cpp", "launcher/*.cpp"},
