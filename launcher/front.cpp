@@ -7,11 +7,26 @@
 
 #include <unistd.h>
 
+namespace {
+
+bool has_path_scale_device() {
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator("/dev", error)) {
+    const std::string name = entry.path().filename().string();
+    if (name.starts_with("hfi1") || name.starts_with("ipath")) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
 int main(int /*argc*/, char** argv) {
   // OpenMP threads that wait for work spin by default. With anything else on the same cores (a second rank, the data loader, the
   // communication thread, a compiler) a spinning thread holds the core that the working one needs: nine times slower measured.
   // libgomp reads this in its initialiser, before main() of whoever links it. A user's own choice stays.
   if (std::getenv("GOMP_SPINCOUNT") == nullptr) ::setenv("OMP_WAIT_POLICY", "passive", 0);
+  // Open MPI's modules for Omni-Path and InfiniPath each wait 0.1 s for a device at every start, where none is in the machine.
+  if (!has_path_scale_device()) ::setenv("OMPI_MCA_mtl", "^psm,psm2", 0);
   std::error_code error;
   const auto self = std::filesystem::read_symlink("/proc/self/exe", error);
   const std::string program = (self.parent_path() / "libexec" / "shardtune").string();
