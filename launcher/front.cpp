@@ -9,13 +9,15 @@
 
 namespace {
 
-bool has_path_scale_device() {
+// Omni-Path, InfiniPath, InfiniBand and EFA, Slingshot: whatever is not Ethernet or shared memory.
+bool has_fabric() {
   std::error_code error;
   for (const auto& entry : std::filesystem::directory_iterator("/dev", error)) {
     const std::string name = entry.path().filename().string();
-    if (name.starts_with("hfi1") || name.starts_with("ipath")) return true;
+    for (const char* device : {"hfi1", "ipath", "infiniband", "cxi"})
+      if (name.starts_with(device)) return true;
   }
-  return false;
+  return static_cast<bool>(error);
 }
 
 }  // namespace
@@ -25,8 +27,10 @@ int main(int /*argc*/, char** argv) {
   // communication thread, a compiler) a spinning thread holds the core that the working one needs: nine times slower measured.
   // libgomp reads this in its initialiser, before main() of whoever links it. A user's own choice stays.
   if (std::getenv("GOMP_SPINCOUNT") == nullptr) ::setenv("OMP_WAIT_POLICY", "passive", 0);
-  // Open MPI's modules for Omni-Path and InfiniPath each wait 0.1 s for a device at every start, where none is in the machine.
-  if (!has_path_scale_device()) ::setenv("OMPI_MCA_mtl", "^psm,psm2", 0);
+  // Open MPI's modules for Omni-Path and InfiniPath wait 0.1 s each for a device at every start, and libfabric loads them too.
+  // Without any fabric they have nothing to do. This replaces a value from Open MPI's own files, so it must name ofi as well
+  // (Debian's file excludes it).
+  if (!has_fabric()) ::setenv("OMPI_MCA_mtl", "^psm,psm2,ofi", 0);
   std::error_code error;
   const auto self = std::filesystem::read_symlink("/proc/self/exe", error);
   const std::string program = (self.parent_path() / "libexec" / "shardtune").string();
