@@ -117,7 +117,10 @@ void CheckpointStore::begin_save(std::int64_t step, StateView view, const Retent
   }
   const ShardIdentity identity{step, communicator_.rank() / ranks_per_file_,
                                (communicator_.size() + ranks_per_file_ - 1) / ranks_per_file_};
-  save->writer.emplace(partial, identity, [step](const char* name) { announce(name, step); });
+  save->writer.emplace(partial, identity, [step, &snapshot = save->snapshot](const char* name) {
+    snapshot.check_not_cancelled();  // a rank that fails must not wait until gigabytes are read back
+    announce(name, step);
+  });
   save_ = std::move(save);
   if (!file_group_) {
     save_->stage = RunningSave::Stage::sealing;  // without others the first three stages are one

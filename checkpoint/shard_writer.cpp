@@ -13,11 +13,12 @@ namespace shardtune {
 namespace {
 
 // Hashes the file as it lies on the disk and compares every piece in it with what was taken from memory.
-BlockTable read_back(const std::filesystem::path& file, std::vector<WrittenPiece> written) {
+BlockTable read_back(const std::filesystem::path& file, std::vector<WrittenPiece> written, const PhaseHook& phase) {
   std::sort(written.begin(), written.end(), [](const auto& a, const auto& b) { return a.position < b.position; });
   std::size_t next = 0;
   HashStream hash;
   const auto compare = [&](std::uint64_t at, const char* bytes, std::size_t size) {
+    phase("part_read_back");
     while (next < written.size() && written[next].position < at + size) {
       const std::uint64_t begin = std::max(written[next].position, at);
       const std::uint64_t end_of_piece = written[next].position + written[next].size;
@@ -75,7 +76,7 @@ std::vector<WrittenPiece> ShardWriter::write(PieceSource& source, const std::vec
 }
 
 WrittenShard ShardWriter::seal(std::vector<WrittenPiece> pieces) {
-  const BlockTable table = read_back(temporary_, std::move(pieces));
+  const BlockTable table = read_back(temporary_, std::move(pieces), phase_);
   phase_("shard_synced");
   rename_path(temporary_, path_);
   fsync_path(directory_);

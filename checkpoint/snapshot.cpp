@@ -10,6 +10,7 @@ namespace shardtune {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+constexpr const char* kCancelled = "the save was given up because the run ends";
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
@@ -80,6 +81,11 @@ void Snapshot::cancel() {
   changed_.notify_all();
 }
 
+void Snapshot::check_not_cancelled() const {
+  const std::lock_guard lock(mutex_);
+  if (is_cancelled_) fail(ErrorKind::io, kCancelled);
+}
+
 Snapshot::Cost Snapshot::cost() const {
   const std::lock_guard lock(mutex_);
   return cost_;
@@ -101,7 +107,7 @@ Snapshot::Entry* Snapshot::choose_next(std::unique_lock<std::mutex>& lock) {
   Entry* chosen = nullptr;
   // Without a choice the training thread is copying the last pieces.
   changed_.wait(lock, [&] { return is_cancelled_ || num_untaken_ == 0 || (chosen = choose()) != nullptr; });
-  if (is_cancelled_) fail(ErrorKind::io, "the save was given up because the run ends");
+  if (is_cancelled_) fail(ErrorKind::io, kCancelled);
   return chosen;
 }
 

@@ -35,8 +35,10 @@ class Snapshot : public PieceSource {
   // Training thread, before `tensor` (any tensor that shares memory with the snapshot, or none) is changed. Blocks only
   // while all staging memory is in use and the writer still needs a part of `tensor`.
   void preserve(const at::Tensor& tensor);
-  // Training thread: the writer may stop early; take() throws from now on.
+  // Training thread: the writer may stop early; take() and check_not_cancelled() throw from now on.
   void cancel();
+  // Any thread.
+  void check_not_cancelled() const;
   Cost cost() const;
 
   // For the writer thread. After abandon() preserve() never blocks or copies.

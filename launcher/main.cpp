@@ -102,7 +102,8 @@ log::Level parse_level(const std::string& name) {
 
 int run_on_ranks(const Invocation& invocation, MpiEnvironment& mpi) {
   log::set_level(parse_level(invocation.run.train.log_level));
-  install_stop_handlers();
+  // Only training ends in an orderly way by itself; the signals keep their usual meaning for the rest.
+  if (invocation.command == "train") install_stop_handlers();
   const auto world = mpi.world();
   set_threads(invocation, *world, mpi.host());
   if (invocation.command == "train") return run_train(invocation.run, *world);

@@ -13,9 +13,9 @@ void add_model_rows(OptionTable& table, ModelOptions& model) {
   table.add("config_name", model.config_name, "FILE", "config.json (or its directory): random weights, for experiments with shapes");
   table.add("tokenizer_name", model.tokenizer_name, "DIR", "directory of tokenizer.json; default: the model's");
   table.add("task", model.task, "TASK", "text-classification or causal-lm");
+  table.begin_group("Model", kTrain);
   for (const char* name : {"hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout"})
     table.add_to_map(name, model.dropout, "overrides the field of config.json");
-  table.begin_group("Model", kTrain);
   table.add("freeze", model.freeze, "PATTERN", "parameters not to train, by name with * and ? ('bert.embeddings.*')");
 }
 
@@ -23,12 +23,15 @@ void add_data_rows(OptionTable& table, DataOptions& data) {
   table.begin_group("Data", kTrain);
   table.add("train_file", data.train_file, "FILE", ".jsonl, .json, .csv, .tsv or .txt");
   table.add("max_train_samples", data.max_train_samples, "use the first N rows only; 0 = all");
-  table.begin_group("Data", kRun);
+  table.begin_group("Data", {"train", "evaluate"});
   table.add("validation_file", data.validation_file, "FILE", "for evaluation");
-  table.add("test_file", data.test_file, "FILE", "what `evaluate` reads without --input; training does not touch it");
+  table.begin_group("Data", {"evaluate"});
+  table.add("test_file", data.test_file, "FILE", "what `evaluate` reads without --input");
+  table.begin_group("Data", {"train", "evaluate", "score"});
+  table.add("label_column", data.label_column, "NAME", "column of the class").aliases = {"label_column_name"};
+  table.begin_group("Data", kRun);
   table.add("text_column", data.text_column, "NAME", "column of the text").aliases = {"text_column_name", "sentence_column"};
   table.add("text_pair_column", data.text_pair_column, "NAME", "column of the second text of a pair task");
-  table.add("label_column", data.label_column, "NAME", "column of the class").aliases = {"label_column_name"};
   table.add("column_names", data.column_names, "A,B,...", "names of the columns of CSV and TSV files without a header line");
   table.add("max_seq_length", data.max_seq_length, "longest example in tokens; 0 = what model and tokenizer allow").aliases = {"max_length", "block_size"};
   table.add("max_eval_samples", data.max_eval_samples, "use the first N rows only; 0 = all").aliases = {"max_predict_samples"};
@@ -83,7 +86,7 @@ void add_logging_rows(OptionTable& table, TrainOptions& train) {
   table.add("ranks_per_file", train.ranks_per_file, "ranks of one host that write one checkpoint file together");
   table.add("on_save_error", train.on_save_error, "continue|stop", "a failed save: go on and try the next one, or end the run");
   table.add("save_total_limit", train.save_total_limit, "checkpoints to keep; 0 = all (the best one is always kept)");
-  table.add("load_best_model_at_end", train.load_best_model_at_end, "export the best evaluated weights instead of the last");
+  table.add("load_best_model_at_end", train.load_best_model_at_end, "export the best evaluated weights instead of the last; each new best is saved");
   table.add("metric_for_best_model", train.metric_for_best_model, "NAME", "default: loss");
   table.add("greater_is_better", train.greater_is_better, "default: true unless the metric's name ends in loss");
   table.add("log_memory", train.log_memory, "with each logged step say what holds memory");

@@ -130,16 +130,17 @@ TrainerSettings trainer_settings(const RunOptions& options, std::int64_t steps_p
   settings.steps_per_epoch = steps_per_epoch;
   settings.max_steps = train.max_steps > 0 ? train.max_steps
                                            : static_cast<std::int64_t>(std::ceil(train.num_train_epochs * static_cast<double>(steps_per_epoch)));
-  const auto interval = [&](Interval strategy, double steps) -> std::int64_t {
-    if (strategy == Interval::no) return 0;
-    return strategy == Interval::epoch ? steps_per_epoch : resolve_interval(steps, settings.max_steps);
+  const auto interval = [&](Interval strategy, double steps) -> StepInterval {
+    if (strategy == Interval::no) return {};
+    if (strategy == Interval::epoch) return {.every = steps_per_epoch, .and_last = true};
+    return {.every = resolve_interval(steps, settings.max_steps)};
   };
-  settings.logging_steps = interval(train.logging_strategy, train.logging_steps);
-  settings.eval_steps = interval(train.eval_strategy, train.eval_steps > 0 ? train.eval_steps : train.logging_steps);
-  settings.save_steps = interval(train.save_strategy, train.save_steps);
+  settings.logging = interval(train.logging_strategy, train.logging_steps);
+  settings.eval = interval(train.eval_strategy, train.eval_steps > 0 ? train.eval_steps : train.logging_steps);
+  settings.save = interval(train.save_strategy, train.save_steps);
+  settings.save.and_last = train.save_strategy != Interval::no;
   settings.logging_first_step = train.logging_first_step;
   settings.eval_on_start = train.eval_on_start;
-  settings.save_at_end = train.save_strategy != Interval::no;
   settings.log_memory = train.log_memory;
   settings.max_grad_norm = train.max_grad_norm;
   settings.seed = static_cast<std::uint64_t>(train.seed);

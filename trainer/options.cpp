@@ -93,14 +93,13 @@ void check_intervals(const TrainOptions& train, bool has_validation_file) {
   check("logging_steps", train.logging_strategy, train.logging_steps);
   check("eval_steps", train.eval_strategy, eval_steps);
   check("save_steps", train.save_strategy, train.save_steps);
-  if (train.eval_strategy != Interval::no && !has_validation_file)
-    fail(ErrorKind::config, "--eval_strategy asks for evaluations but there is no --validation_file");
+  if ((train.eval_strategy != Interval::no || train.eval_on_start) && !has_validation_file)
+    fail(ErrorKind::config, fmt::format("--{} asks for evaluations but there is no --validation_file",
+                                        train.eval_on_start ? "eval_on_start" : "eval_strategy"));
   if (!train.load_best_model_at_end) return;
-  if (train.eval_strategy == Interval::no || train.eval_strategy != train.save_strategy)
-    fail(ErrorKind::config, "--load_best_model_at_end needs the same --eval_strategy and --save_strategy (steps or epoch), so that the best model has a checkpoint");
-  const double rest = std::fmod(train.save_steps, eval_steps);
-  if (train.eval_strategy == Interval::steps && rest > 1e-9 && eval_steps - rest > 1e-9)
-    refuse("save_steps", fmt::format("{}", train.save_steps), fmt::format("--load_best_model_at_end needs a multiple of --eval_steps ({})", eval_steps));
+  if (train.eval_strategy == Interval::no || train.save_strategy == Interval::no)
+    fail(ErrorKind::config, "--load_best_model_at_end needs an --eval_strategy and a --save_strategy (steps or epoch): the best model is found by "
+                            "evaluating and kept as a checkpoint");
 }
 
 }  // namespace
@@ -110,17 +109,21 @@ PlanRequest plan_request(const TrainOptions& train) {
   if (!train.fsdp.empty()) {
     request = plan_from_fsdp(train.fsdp);
     if (train.reshard_after_forward) request.reshard_after_forward = train.reshard_after_forward;
-    if (train.sharding != "ddp" && train.sharding != request.name)
-      fail(ErrorKind::config, fmt::format("--fsdp = {} is {} but --sharding is {}; give one of them", train.fsdp, request.name, train.sharding));
   }
   request.hsdp_shard_size = static_cast<int>(train.hsdp_shard_size);
   return request;
+}
+
+bool is_explicitly_set(const RunOptions& options, const std::string& name) {
+  return std::find(options.explicitly_set.begin(), options.explicitly_set.end(), name) != options.explicitly_set.end();
 }
 
 void validate(const RunOptions& options, const std::string& command) {
   const TrainOptions& train = options.train;
   check_model(options.model, command);
   check_parallel(train);
+  if (const std::string plan = plan_request(train).name; is_explicitly_set(options, "sharding") && plan != train.sharding)
+    fail(ErrorKind::config, fmt::format("--fsdp = {} is {} but --sharding is {}; give one of them", train.fsdp, plan, train.sharding));
   need(train.per_device_eval_batch_size > 0, "per_device_eval_batch_size", train.per_device_eval_batch_size, "at least 1 is needed");
   need(train.num_threads >= 0 && train.num_threads <= 1024, "num_threads", train.num_threads, "0 (= automatic) to 1024 is needed");
   need(options.data.max_seq_length >= 0, "max_seq_length", options.data.max_seq_length, "0 (= what the model allows) or more is needed");

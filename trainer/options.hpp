@@ -75,7 +75,7 @@ struct TrainOptions {
   std::int64_t checkpoint_staging_mb = 1024; // most memory per rank for copies of what training changes meanwhile
   std::int64_t ranks_per_file = 1;           // ranks of one host that write one checkpoint file together
   std::string on_save_error = "continue";    // or "stop"
-  bool load_best_model_at_end = false;
+  bool load_best_model_at_end = false;       // a new best evaluation is saved even where no save is due
   std::string metric_for_best_model;         // empty = "loss"
   std::optional<bool> greater_is_better;
   bool log_memory = false;
@@ -101,6 +101,9 @@ struct RunOptions {
   std::vector<std::pair<std::string, std::string>> resolved;
   std::vector<std::string> explicitly_set;
 };
+
+// Whether the command line or the configuration file names the option.
+bool is_explicitly_set(const RunOptions& options, const std::string& name);
 
 struct PlanRequest;
 // What --sharding or --fsdp ask for, with their companions. Error{config} for a --fsdp that has no counterpart.

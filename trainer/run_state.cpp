@@ -17,17 +17,16 @@
 namespace shardtune {
 namespace {
 
-bool is_explicit(const RunOptions& options, const std::string& name) {
-  return std::find(options.explicitly_set.begin(), options.explicitly_set.end(), name) != options.explicitly_set.end();
-}
-
-template <class T>
-void keep_or_refuse(const char* name, const T& stored, const T& now, const RunOptions& options) {
-  if (stored == now || !is_explicit(options, name)) return;
-  fail(ErrorKind::config,
-       fmt::format("--{} = {} contradicts the run being resumed, which was started with {}; leave the option out, or "
-                   "start a new run in another --output_dir",
-                   name, now, stored));
+template <class T, class Field>
+void adopt(const char* name, const T& stored, Field& field, RunOptions& options) {
+  if (is_explicitly_set(options, name) && field != stored)
+    fail(ErrorKind::config,
+         fmt::format("--{} = {} contradicts the run being resumed, which was started with {}; leave the option out, or "
+                     "start a new run in another --output_dir",
+                     name, T(field), stored));
+  field = stored;
+  for (auto& [resolved, text] : options.resolved)
+    if (resolved == name) text = fmt::format("{}", stored);
 }
 
 }  // namespace
@@ -89,18 +88,23 @@ RunIdentity fresh_identity(const RunOptions& options, int num_ranks) {
   return id;
 }
 
-void check_resumable(const RunIdentity& stored, const RunIdentity& now, const RunOptions& options) {
-  keep_or_refuse("global_batch_size", stored.global_batch_size, now.global_batch_size, options);
-  keep_or_refuse("per_device_train_batch_size", stored.per_device_train_batch_size, now.per_device_train_batch_size, options);
-  keep_or_refuse("gradient_accumulation_steps", stored.gradient_accumulation_steps, now.gradient_accumulation_steps, options);
-  keep_or_refuse("max_tokens_per_batch", stored.max_tokens_per_batch, now.max_tokens_per_batch, options);
-  keep_or_refuse("max_seq_length", stored.max_seq_length, now.max_seq_length, options);
-  keep_or_refuse("seed", stored.seed, now.seed, options);
-  keep_or_refuse("data_seed", stored.data_seed, now.data_seed, options);
-  keep_or_refuse("train_sampling_strategy", stored.train_sampling_strategy, now.train_sampling_strategy, options);
-  keep_or_refuse("dataloader_drop_last", stored.dataloader_drop_last, now.dataloader_drop_last, options);
-  if (stored.task != now.task)
-    fail(ErrorKind::config, fmt::format("--task = {} contradicts the run being resumed ({})", now.task, stored.task));
+void adopt_identity(const RunIdentity& stored, RunOptions& options) {
+  TrainOptions& train = options.train;
+  adopt("task", stored.task, options.model.task, options);
+  adopt("global_batch_size", stored.global_batch_size, train.global_batch_size, options);
+  adopt("per_device_train_batch_size", stored.per_device_train_batch_size, train.per_device_train_batch_size, options);
+  adopt("gradient_accumulation_steps", stored.gradient_accumulation_steps, train.gradient_accumulation_steps, options);
+  adopt("max_tokens_per_batch", stored.max_tokens_per_batch, train.max_tokens_per_batch, options);
+  adopt("max_seq_length", stored.max_seq_length, options.data.max_seq_length, options);
+  adopt("seed", stored.seed, train.seed, options);
+  std::int64_t data_seed = train.data_seed.value_or(stored.data_seed);
+  adopt("data_seed", stored.data_seed, data_seed, options);
+  train.data_seed = data_seed;
+  adopt("train_sampling_strategy", stored.train_sampling_strategy, train.train_sampling_strategy, options);
+  adopt("dataloader_drop_last", stored.dataloader_drop_last, train.dataloader_drop_last, options);
+}
+
+void check_same_run(const RunIdentity& stored, const RunIdentity& now) {
   if (stored.model_hash != now.model_hash)
     fail(ErrorKind::data,
          "the checkpoint belongs to another model: its configuration differs from the one given by --model_name_or_path "

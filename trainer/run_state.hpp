@@ -33,9 +33,12 @@ struct RunIdentity {
 // Fills in what a fresh start decides: HF's rule for the global batch.
 RunIdentity fresh_identity(const RunOptions& options, int num_ranks);
 
-// Stored values win; an option that the user set explicitly to something else is Error{config} naming it, both values
-// and what to do. Model, labels and data must be the same.
-void check_resumable(const RunIdentity& stored, const RunIdentity& now, const RunOptions& options);
+// Stored values win: they replace those of `options` that the user did not set. One set to something else is Error{config}
+// naming it, both values and what to do.
+void adopt_identity(const RunIdentity& stored, RunOptions& options);
+
+// The model, the labels and the training data must be those of the run; Error{data} otherwise.
+void check_same_run(const RunIdentity& stored, const RunIdentity& now);
 
 // Environment in which bits are promised; where it differs on resume the differences are returned as text.
 nlohmann::json describe_environment(const RunOptions& options);

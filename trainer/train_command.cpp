@@ -1,6 +1,5 @@
 #include <algorithm>
-#include <cstdio>
-#include <set>
+#include <optional>
 
 #include <ATen/ATen.h>
 #include <fmt/format.h>
@@ -45,6 +44,7 @@ class TrainRun {
 
  private:
   void prepare_output_dir();
+  void find_run_to_resume();
   void build_data_and_model();
   void decide_identity();
   void load_weights();
@@ -53,12 +53,13 @@ class TrainRun {
   nlohmann::json evaluate_now();
   TrainOutcome train();
 
-  const RunOptions& options_;
+  RunOptions options_;  // those of the run being resumed where there is one
   Communicator& world_;
   OutputLock lock_;  // on rank 0
   CheckpointStore store_;
   Saver saver_;
   fs::path resume_from_;
+  std::optional<RunState> resumed_;
   ModelSource source_;
   std::vector<std::string> labels_;
   std::unique_ptr<Tokenizer> tokenizer_;
@@ -73,6 +74,7 @@ class TrainRun {
 int TrainRun::run() {
   check_same_options(options_, world_);
   prepare_output_dir();
+  find_run_to_resume();
   build_data_and_model();
   decide_identity();
   load_weights();
@@ -99,7 +101,20 @@ void TrainRun::prepare_output_dir() {
   run_agreed(world_, "starting in " + directory.string(), [&] {
     if (world_.rank() == 0) lock_ = OutputLock(directory, "train");
   });
+}
+
+void TrainRun::find_run_to_resume() {
   resume_from_ = find_resume_checkpoint(options_.train, store_);
+  if (resume_from_.empty()) return;
+  const nlohmann::json stored = read_checkpoint_run_state(resume_from_);
+  if (!stored.contains("state"))
+    fail(ErrorKind::config, fmt::format("--resume_from_checkpoint: {} was imported, it is no run that could go on; start from it "
+                                        "with --model_name_or_path {} and another --output_dir",
+                                        resume_from_.string(), resume_from_.string()));
+  resumed_ = RunState::from_json(stored.at("state"), resume_from_.string());
+  adopt_identity(resumed_->identity, options_);
+  for (const std::string& difference : environment_differences(stored.at("environment"), describe_environment(options_)))
+    log::warn("resuming under other conditions, so the result is no longer promised bit for bit: {}", difference);
 }
 
 void TrainRun::build_data_and_model() {
@@ -127,16 +142,9 @@ void TrainRun::decide_identity() {
   now.model_hash = to_hex(hash_bytes(model_->config_json().dump()));
   now.data_hash = to_hex(hash_file_bytes(options_.data.train_file)) + ":" + std::to_string(train_data_->size());
   state_.identity = now;
-  if (!resume_from_.empty()) {
-    const nlohmann::json stored = read_checkpoint_run_state(resume_from_);
-    if (!stored.contains("state"))
-      fail(ErrorKind::config, fmt::format("--resume_from_checkpoint: {} was imported, it is no run that could go on; start from it "
-                                          "with --model_name_or_path {} and another --output_dir",
-                                          resume_from_.string(), resume_from_.string()));
-    state_ = RunState::from_json(stored.at("state"), resume_from_.string());
-    check_resumable(state_.identity, now, options_);
-    for (const std::string& difference : environment_differences(stored.at("environment"), describe_environment(options_)))
-      log::warn("resuming under other conditions, so the result is no longer promised bit for bit: {}", difference);
+  if (resumed_) {
+    check_same_run(resumed_->identity, now);
+    state_ = std::move(*resumed_);
   }
   if (!options_.train.fp16) state_.scaler = LossScaler();
   else if (!state_.scaler.is_on()) state_.scaler = LossScaler(LossScaler::kInitialScale, 0);
@@ -199,7 +207,8 @@ TrainOutcome TrainRun::train() {
   std::vector<std::unique_ptr<Observer>> observers;
   if (world_.rank() == 0) {
     std::string config;
-    for (const auto& [name, value] : options_.resolved) config += fmt::format("{} = {}\n", name, value);
+    for (const auto& [name, value] : options_.resolved)
+      if (!value.empty()) config += fmt::format("{} = {}\n", name, value);
     write_file_durably(fs::path(options_.train.output_dir) / "resolved.cfg", config);
     observers.push_back(make_metrics_writer(options_.train.output_dir, state_.step));
     observers.push_back(make_progress_display(!options_.train.disable_tqdm && ::isatty(STDERR_FILENO) != 0));

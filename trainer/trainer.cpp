@@ -33,7 +33,7 @@ TrainOutcome Trainer::run() {
 TrainOutcome Trainer::run_steps() {
   start_seconds_ = now_seconds();
   first_step_ = saved_step_ = state_.step;
-  if (settings_.eval_on_start && state_.step == 0) evaluate_and_track_best();
+  if (settings_.eval_on_start && state_.step == 0) evaluate_and_publish();
   while (state_.step < settings_.max_steps) {
     const ControlWord word = share_control_word();
     if (!word.is_any_saving) parts_.saver.advance();
@@ -45,7 +45,6 @@ TrainOutcome Trainer::run_steps() {
     }
     after_step(train_step(parts_.loader.next()));
   }
-  if (settings_.save_at_end && saved_step_ != state_.step) save_now();
   parts_.saver.finish();
   return TrainOutcome::finished;
 }
@@ -152,9 +151,10 @@ void Trainer::after_step(const StepResult& result) {
                             .tokens_per_second = static_cast<double>(process_tokens_) / elapsed};
     for (const auto& observer : parts_.observers) observer->on_step(progress);
   }
-  if (is_due(settings_.logging_steps) || (settings_.logging_first_step && state_.step == 1)) log_step(result);
-  if (is_due(settings_.eval_steps) && parts_.evaluate) evaluate_and_track_best();
-  if (is_due(settings_.save_steps)) save_now();
+  if (is_due(settings_.logging) || (settings_.logging_first_step && state_.step == 1)) log_step(result);
+  const bool is_best = is_due(settings_.eval) && parts_.evaluate && evaluate_and_compare();
+  // The best model is kept whether or not a save is due, so that it can be loaded at the end.
+  if (is_best || is_due(settings_.save)) save_now();
 }
 
 void Trainer::log_step(const StepResult& result) {
@@ -187,10 +187,15 @@ void Trainer::log_memory() {
       static_cast<double>(peak_tensor_bytes()) / kMib, static_cast<double>(peak_resident_bytes()) / kMib);
 }
 
-void Trainer::evaluate_and_track_best() {
+nlohmann::json Trainer::evaluate_and_publish() {
   const nlohmann::json metrics = parts_.evaluate();
   publish(metrics);
-  if (!settings_.load_best_model_at_end) return;
+  return metrics;
+}
+
+bool Trainer::evaluate_and_compare() {
+  const nlohmann::json metrics = evaluate_and_publish();
+  if (!settings_.load_best_model_at_end) return false;
   const auto metric = metrics.find(settings_.metric_for_best_model);
   if (metric == metrics.end())
     fail(ErrorKind::config, fmt::format("--metric_for_best_model = {}: the evaluation gives {}", settings_.metric_for_best_model,
@@ -198,9 +203,10 @@ void Trainer::evaluate_and_track_best() {
   const double value = metric->get<double>();
   const bool is_better = std::isnan(state_.best_metric) ||
                          (settings_.greater_is_better ? value > state_.best_metric : value < state_.best_metric);
-  if (!is_better) return;
+  if (!is_better) return false;
   state_.best_metric = value;
   state_.best_step = state_.step;
+  return true;
 }
 
 // One record to metrics.jsonl, the display and HF's log_history (rates and memory stay out of the latter: it is part of
@@ -219,6 +225,8 @@ void Trainer::publish(nlohmann::json record) {
 
 double Trainer::epoch() const { return static_cast<double>(state_.step) / static_cast<double>(settings_.steps_per_epoch); }
 
-bool Trainer::is_due(std::int64_t interval) const { return interval > 0 && state_.step % interval == 0; }
+bool Trainer::is_due(const StepInterval& interval) const {
+  return (interval.every > 0 && state_.step % interval.every == 0) || (interval.and_last && state_.step == settings_.max_steps);
+}
 
 }  // namespace shardtune

@@ -20,11 +20,16 @@
 
 namespace shardtune {
 
+// When something is due, in optimizer steps. Hugging Face's epoch strategies include the end of a last, incomplete epoch.
+struct StepInterval {
+  std::int64_t every = 0;  // 0 = never
+  bool and_last = false;   // also after max_steps
+};
+
 struct TrainerSettings {
   std::int64_t max_steps = 0, steps_per_epoch = 1;
-  // Intervals in optimizer steps; 0 = never. Epoch strategies are resolved to steps_per_epoch.
-  std::int64_t logging_steps = 500, eval_steps = 0, save_steps = 0;
-  bool logging_first_step = false, eval_on_start = false, save_at_end = true;
+  StepInterval logging{.every = 500}, eval, save{.and_last = true};
+  bool logging_first_step = false, eval_on_start = false;
   bool log_memory = false;
   double max_grad_norm = 1.0;
   std::uint64_t seed = 42;
@@ -72,10 +77,12 @@ class Trainer {
   void after_step(const StepResult& result);
   void log_step(const StepResult& result);
   void log_memory();
-  void evaluate_and_track_best();
+  // Whether the evaluation was the best so far, where load_best_model_at_end asks for that.
+  bool evaluate_and_compare();
+  nlohmann::json evaluate_and_publish();
   void publish(nlohmann::json record);
   double epoch() const;
-  bool is_due(std::int64_t interval) const;
+  bool is_due(const StepInterval& interval) const;
 
   TrainerParts parts_;
   TrainerSettings settings_;

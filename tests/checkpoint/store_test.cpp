@@ -280,9 +280,9 @@ TEST(CheckpointStore, ANewerFormatIsRefusedClearly) {
 int fail_at_every_phase(int ranks_per_file) {
   TempDir dir;
   save_at(dir.path(), 1, 3);
-  const std::vector<std::string> phases = {"begin",           "shard_created", "dataset_written",     "shard_closed",
-                                           "shard_synced",    "shard_renamed", "block_table_written", "agreed",
-                                           "manifest_written"};
+  const std::vector<std::string> phases = {"begin",         "shard_created",       "dataset_written", "shard_closed",
+                                           "part_read_back", "shard_synced",       "shard_renamed",   "block_table_written",
+                                           "agreed",        "manifest_written"};
   // Once on rank 0, once per file, or once per rank.
   const auto num_chances = [&](const std::string& phase) {
     if (phase == "agreed" || phase == "manifest_written") return 1;
@@ -328,8 +328,8 @@ int fail_at_every_phase(int ranks_per_file) {
 }
 
 TEST(CheckpointStore, AFailureAtAnyPhaseOnAnyRankIsTheSameErrorEverywhere) {
-  EXPECT_EQ(fail_at_every_phase(1), 3 * 7 + 2);
-  EXPECT_EQ(fail_at_every_phase(2), 3 * 3 + 2 * 4 + 2);
+  EXPECT_EQ(fail_at_every_phase(1), 3 * 8 + 2);
+  EXPECT_EQ(fail_at_every_phase(2), 3 * 3 + 2 * 5 + 2);
 }
 
 TEST(CheckpointStore, SlicesThatDoNotCoverATensorAreNotCommitted) {
@@ -370,8 +370,8 @@ TEST(CheckpointStore, PhasesComeInOrder) {
   });
   save_at(dir.path(), 2, 1, 1);
   set_save_phase_hook(nullptr);
-  EXPECT_EQ(seen, (std::vector<std::string>{"begin", "shard_created", "dataset_written", "shard_closed", "shard_synced",
-                                            "shard_renamed", "block_table_written", "agreed", "manifest_written",
+  EXPECT_EQ(seen, (std::vector<std::string>{"begin", "shard_created", "dataset_written", "shard_closed",
+                                            "part_read_back", "shard_synced", "shard_renamed", "block_table_written", "agreed", "manifest_written",
                                             "directory_renamed", "latest_written", "pruned"}));
 }
 

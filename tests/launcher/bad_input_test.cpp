@@ -74,6 +74,16 @@ TEST_F(BadInput, MissingTokenizer) {
   expect_train_failure("--tokenizer_name " + directory_.string(), 3, {"tokenizer.json", directory_.string()});
 }
 
+// Only training turns a signal into an orderly end.
+TEST_F(BadInput, ASignalEndsWhatIsNoTraining) {
+  const fs::path model = trained_model();
+  const std::string input = (directory_ / "never.jsonl").string();
+  // Nobody ever writes to the pipe, so the program waits for its first row.
+  const CommandResult result = run_command(fmt::format("mkfifo {0} && timeout --signal TERM --kill-after 10 3 {1} predict --model_name_or_path {2} --input {0}",
+                                                       input, shardtune_binary(), model.string()));
+  EXPECT_EQ(result.exit_code, 124) << result.output;  // 137: it had to be killed
+}
+
 TEST_F(BadInput, WrongLabelColumn) {
   expect_train_failure("--label_column category", 3, {"category", "label", "text", "train.jsonl"});
 }

@@ -1,0 +1,152 @@
+// What a whole run evaluates, saves and exports, and what a resumed one takes over.
+#include <filesystem>
+#include <fstream>
+
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+#include "checkpoint/checkpoint_store.hpp"
+#include "core/error.hpp"
+#include "tests/support/tiny_run.hpp"
+#include "tests/trainer/thread_run.hpp"
+
+namespace shardtune {
+namespace {
+
+using testing_support::fresh_directory;
+using testing_support::make_tiny_run;
+using testing_support::TinyFamily;
+using testing_support::train_on_threads;
+using Steps = std::vector<std::int64_t>;
+
+Steps saved_steps(const RunOptions& options) {
+  Steps steps;
+  for (const CheckpointInfo& info : list_checkpoints(options.train.output_dir)) steps.push_back(info.step);
+  return steps;
+}
+
+// Steps of the records of metrics.jsonl that have this key.
+Steps recorded_steps(const RunOptions& options, const char* key) {
+  Steps steps;
+  std::ifstream file(options.train.output_dir + "/metrics.jsonl");
+  for (std::string line; std::getline(file, line);) {
+    const nlohmann::json record = nlohmann::json::parse(line);
+    if (record.contains(key)) steps.push_back(record.at("step").get<std::int64_t>());
+  }
+  return steps;
+}
+
+std::string error_of(const std::function<void()>& run, ErrorKind kind) {
+  try {
+    run();
+  } catch (const Error& e) {
+    EXPECT_EQ(e.kind(), kind) << e.what();
+    return e.what();
+  }
+  ADD_FAILURE() << "nothing was refused";
+  return "";
+}
+
+// Nothing is learned, so the first of equal evaluations stays the best; no save is due at its step.
+TEST(BestModel, IsSavedWhereNoSaveIsDue) {
+  const auto directory = fresh_directory("best_model");
+  RunOptions options = make_tiny_run(directory, TinyFamily::bert);
+  options.train.learning_rate = 0;
+  options.train.max_steps = 9;
+  options.train.eval_strategy = options.train.save_strategy = Interval::steps;
+  options.train.eval_on_start = true;  // as in Hugging Face no candidate
+  options.train.eval_steps = 2;
+  options.train.save_steps = 5;
+  options.train.save_total_limit = 1;
+  options.train.load_best_model_at_end = true;
+  train_on_threads(options, 2);
+  EXPECT_EQ(recorded_steps(options, "eval_loss"), (Steps{0, 2, 4, 6, 8}));
+  EXPECT_EQ(saved_steps(options), (Steps{9, 2}));
+  std::filesystem::remove_all(directory);
+}
+
+// 61 rows in batches of 4 are 16 steps an epoch; Hugging Face ends an incomplete epoch like a whole one.
+TEST(EpochStrategies, IncludeTheEndOfAnIncompleteEpoch) {
+  const auto directory = fresh_directory("epoch_strategies");
+  RunOptions options = make_tiny_run(directory, TinyFamily::bert);
+  options.train.max_steps = 20;
+  options.train.logging_strategy = options.train.eval_strategy = options.train.save_strategy = Interval::epoch;
+  train_on_threads(options, 1);
+  EXPECT_EQ(recorded_steps(options, "loss"), (Steps{16, 20}));
+  EXPECT_EQ(recorded_steps(options, "eval_loss"), (Steps{16, 20}));
+  EXPECT_EQ(saved_steps(options), (Steps{20, 16}));
+  std::filesystem::remove_all(directory);
+}
+
+class Resume : public testing::Test {
+ protected:
+  void SetUp() override {
+    directory_ = fresh_directory("resume_identity");
+    options_ = make_tiny_run(directory_, TinyFamily::llama);
+    options_.train.lr_scheduler_type = "constant";
+    options_.train.save_strategy = Interval::steps;
+    options_.train.save_steps = 1000;  // at the end only
+    options_.model.dropout["attention_dropout"] = 0.2;
+  }
+  void TearDown() override { std::filesystem::remove_all(directory_); }
+
+  // As a user who repeats what describes the run but not these.
+  RunOptions resumed() const {
+    RunOptions options = options_;
+    options.train.seed = 42;
+    options.train.global_batch_size = 0;
+    options.data.max_seq_length = 0;
+    options.train.resume_from_checkpoint = "true";
+    options.train.max_steps = 8;
+    return options;
+  }
+
+  std::filesystem::path directory_;
+  RunOptions options_;
+};
+
+TEST_F(Resume, TakesOverWhatTheRunWasStartedWith) {
+  options_.train.seed = 7;
+  options_.data.max_seq_length = 9;
+  options_.train.max_steps = 8;
+  const std::string uninterrupted = train_on_threads(options_, 2);
+  options_.train.output_dir += "_in_two_parts";
+  options_.train.max_steps = 3;
+  train_on_threads(options_, 2);
+  EXPECT_EQ(train_on_threads(resumed(), 1), uninterrupted);
+}
+
+TEST_F(Resume, RefusesWhatContradictsIt) {
+  options_.train.max_steps = 3;
+  train_on_threads(options_, 1);
+  RunOptions options = resumed();
+  options.train.seed = 8;
+  options.explicitly_set = {"seed"};
+  const std::string said = error_of([&] { train_on_threads(options, 1); }, ErrorKind::config);
+  for (const char* word : {"--seed = 8", "started with 42"}) EXPECT_NE(said.find(word), std::string::npos) << said;
+}
+
+TEST(Options, AnExplicitShardingMustAgreeWithFsdp) {
+  const auto directory = fresh_directory("fsdp_or_sharding");
+  RunOptions options = make_tiny_run(directory, TinyFamily::bert);
+  options.train.fsdp = "full_shard auto_wrap";
+  EXPECT_NO_THROW(validate(options, "train"));
+  options.explicitly_set = {"sharding"};
+  const std::string said = error_of([&] { validate(options, "train"); }, ErrorKind::config);
+  for (const char* word : {"full_shard", "zero3", "ddp"}) EXPECT_NE(said.find(word), std::string::npos) << said;
+  std::filesystem::remove_all(directory);
+}
+
+TEST(Options, EvaluatingNeedsAValidationFile) {
+  const auto directory = fresh_directory("no_validation_file");
+  RunOptions options = make_tiny_run(directory, TinyFamily::bert);
+  options.data.validation_file.clear();
+  EXPECT_NO_THROW(validate(options, "train"));
+  options.train.eval_on_start = true;
+  EXPECT_NE(error_of([&] { validate(options, "train"); }, ErrorKind::config).find("eval_on_start"), std::string::npos);
+  std::filesystem::remove_all(directory);
+}
+
+}  // namespace
+}  // namespace shardtune
