@@ -152,14 +152,16 @@ class LabelIndex {
       has_integer_names_ = has_integer_names_ || canonical_integer(labels[i]).has_value();
     }
   }
-  std::int32_t find(const DatasetOptions& options, const RawLabel& label, std::int64_t line) const {
+  std::optional<std::int32_t> find(const RawLabel& label) const {
     if (const auto it = index_.find(label.name); it != index_.end()) return it->second;
     if (label.integer && !has_integer_names_ && *label.integer >= 0 &&
         *label.integer < static_cast<std::int64_t>(labels_.size()))
       return static_cast<std::int32_t>(*label.integer);
-    refuse(options, line,
-           fmt::format("unknown label '{}' in column '{}'; the known labels are: {}", shortened(label.name),
-                       options.label_column, listed(labels_)));
+    return std::nullopt;
+  }
+  std::string unknown(const DatasetOptions& options, const RawLabel& label) const {
+    return fmt::format("unknown label '{}' in column '{}'; the known labels are: {}", shortened(label.name),
+                       options.label_column, listed(labels_));
   }
 
  private:
@@ -183,7 +185,9 @@ class ClassificationDataset final : public Dataset {
     const auto lacks_label = [](const Row& row) { return row.label == kNoLabel; };
     const auto num_missing = std::count_if(rows_.begin(), rows_.end(), lacks_label);
     has_labels_ = num_missing == 0;
-    if (!has_labels_ && num_missing != size())
+    if (!first_unknown_.empty())
+      log::warn("{}; no label of this file is used", first_unknown_);
+    else if (!has_labels_ && num_missing != size())
       log::warn("{}: {} of {} rows have no label, so no label of this file is used", options.file.string(), num_missing,
                 size());
   }
@@ -241,8 +245,16 @@ class ClassificationDataset final : public Dataset {
       }
     }
     if (!options_.label_column.empty())
-      if (const auto label = raw_label(options_, json, line)) row.label = index.find(options_, *label, line);
+      if (const auto label = raw_label(options_, json, line)) row.label = label_index(*label, line, index);
     rows_.push_back(row);
+  }
+
+  std::int32_t label_index(const RawLabel& label, std::int64_t line, const LabelIndex& index) {
+    if (const auto found = index.find(label)) return *found;
+    if (options_.require_labels) refuse(options_, line, index.unknown(options_, label));
+    if (first_unknown_.empty())
+      first_unknown_ = fmt::format("{}:{}: {}", options_.file.string(), line, index.unknown(options_, label));
+    return kNoLabel;
   }
 
   void add_ids(Row& row, const std::vector<std::int32_t>& ids) {
@@ -260,6 +272,7 @@ class ClassificationDataset final : public Dataset {
   const Tokenizer& tokenizer_;
   std::string bytes_;
   std::vector<Row> rows_;
+  std::string first_unknown_;  // the message about the first label that was passed over
   bool has_labels_ = false;
 };
 
@@ -272,10 +285,10 @@ class CausalLmDataset final : public Dataset {
     const auto handler = [&](nlohmann::json&& row, std::int64_t line) {
       const auto ids = row.find(kInputIds);
       if (ids != row.end() && options.text_column != kInputIds && !ids->is_string()) {
-        add(input_ids_of(options, *ids, line, tokenizer.vocab_size()), options.max_length);
+        add(input_ids_of(options, *ids, line, tokenizer.vocab_size()), options, line);
       } else {
         const std::string& text = text_of(options, row, line, options.text_column, "text_column");
-        add(tokenizer.encode(text, std::nullopt, EncodeOptions{}).ids, options.max_length);
+        add(tokenizer.encode(text, std::nullopt, EncodeOptions{}).ids, options, line);
       }
     };
     read_rows(options.file, handler, options.column_names, options.max_rows);
@@ -301,13 +314,20 @@ class CausalLmDataset final : public Dataset {
   }
 
  private:
-  void add(const std::vector<std::int32_t>& ids, std::int64_t max_length) {
+  void add(const std::vector<std::int32_t>& ids, const DatasetOptions& options, std::int64_t line) {
     const auto total = static_cast<std::int64_t>(ids.size());
-    const std::int64_t longest = max_length > 0 ? max_length : std::max<std::int64_t>(total, 1);
+    const std::int64_t longest = options.max_length > 0 ? options.max_length : std::max<std::int64_t>(total, 1);
+    if (options.one_example_per_row) {
+      if (total == 0) refuse(options, line, "the text has no tokens; remove the row");
+      if (total > longest)
+        refuse(options, line,
+               fmt::format("the row has {} tokens, but is needed whole and max_seq_length is {}; split or shorten it",
+                           total, longest));
+    }
     if (total == 0) ++num_dropped_;
     for (std::int64_t begin = 0; begin < total; begin += longest) {
       const std::int64_t end = std::min(total, begin + longest);
-      if (end - begin < 2) {
+      if (end - begin < 2 && !options.one_example_per_row) {
         ++num_dropped_;
         continue;
       }

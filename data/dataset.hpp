@@ -31,9 +31,12 @@ struct DatasetOptions {
   std::string text_pair_column;  // empty = single text
   std::string label_column = "label";
   std::vector<std::string> column_names;  // of CSV and TSV files without a header line
-  // false: rows may lack the label column, or hold null or -1 there (predict). When any row lacks its label, none is
-  // used.
+  // false: rows may lack the label column, hold null or -1 there, or a label that the model does not know (score). When
+  // any row lacks its label, none is used; one warning says so where some rows have one.
   bool require_labels = true;
+  // Causal LM: row i is example i, whole, even with a single token (score). Rows longer than max_length and rows without
+  // tokens are refused: Error{data}.
+  bool one_example_per_row = false;
   std::int64_t max_length = 0;  // truncation in tokens, special tokens counted; 0 = none
   std::int64_t max_rows = 0;    // first rows of the file, 0 = all; what follows is not read
 };
@@ -56,7 +59,7 @@ std::unique_ptr<Dataset> make_classification_dataset(const DatasetOptions& optio
 // examples of at most max_length tokens. Rows and rests of fewer than 2 tokens carry nothing to predict and are dropped
 // (counted in a warning). No token is added beyond what the tokenizer's post-processor adds (as run_clm.py). The number
 // of examples depends on the tokens, so here the rows are tokenized at construction and kept as 4 bytes a token.
-// max_rows counts rows of the file. text_pair_column and label_column are not read.
+// `one_example_per_row` changes both. max_rows counts rows of the file. text_pair_column and label_column are not read.
 std::unique_ptr<Dataset> make_causal_lm_dataset(const DatasetOptions& options, const Tokenizer& tokenizer);
 
 }  // namespace shardtune

@@ -49,9 +49,18 @@ InferenceSetup make_setup(const RunOptions& options, LoadedModel& loaded, Commun
           .batch_size = options.train.per_device_eval_batch_size, .want_logits = want_logits};
 }
 
-std::unique_ptr<Dataset> open_input(const RunOptions& options, const LoadedModel& loaded, const std::string& file, bool require_labels) {
+// What a command makes of the input's rows.
+enum class InputRows {
+  labelled,        // evaluate: every row has a label; long texts of causal-lm are cut
+  unlabelled,      // predict: labels are not read
+  maybe_labelled,  // score: labels are used where all rows have one; example i is row i
+};
+
+std::unique_ptr<Dataset> open_input(const RunOptions& options, const LoadedModel& loaded, const std::string& file, InputRows rows) {
   DatasetOptions data = dataset_options(options, file, loaded.max_length);
-  data.require_labels = require_labels;
+  data.require_labels = rows == InputRows::labelled;
+  data.one_example_per_row = rows == InputRows::maybe_labelled;
+  if (rows == InputRows::unlabelled) data.label_column.clear();
   data.max_rows = options.data.max_eval_samples;
   return build_dataset(data, options.model.task, loaded.labels, *loaded.tokenizer);
 }
@@ -162,7 +171,7 @@ int run_evaluate(const RunOptions& options, const InferenceOptions& inference, C
   std::string file = inference.input;
   if (file.empty()) file = options.data.test_file.empty() ? options.data.validation_file : options.data.test_file;
   if (file.empty()) fail(ErrorKind::config, "nothing to evaluate: give --input, --test_file or --validation_file");
-  const auto dataset = open_input(options, loaded, file, true);
+  const auto dataset = open_input(options, loaded, file, InputRows::labelled);
   const auto sink = open_sink(inference.output, world);
   const nlohmann::json metrics = evaluate(make_setup(options, loaded, world, false), *dataset);
   if (sink) {
@@ -177,7 +186,7 @@ int run_predict(const RunOptions& options, const InferenceOptions& inference, Co
   if (options.model.task != "text-classification")
     fail(ErrorKind::config, fmt::format("predict supports --task text-classification, not {}; use score for causal-lm", options.model.task));
   LoadedModel loaded = load_for_inference(options, world);
-  const auto dataset = open_input(options, loaded, required_input(inference), false);
+  const auto dataset = open_input(options, loaded, required_input(inference), InputRows::unlabelled);
   const auto sink = open_sink(inference.output, world);
   run_inference(make_setup(options, loaded, world, false), *dataset,
                 [&](const Batch& batch, const ModelOutput& output) { return predict_lines(batch, output, loaded.labels); },
@@ -191,7 +200,7 @@ int run_score(const RunOptions& options, const InferenceOptions& inference, Comm
   if (!inference.full_logits.empty() && world.size() > 1)
     fail(ErrorKind::config, "--full_logits works on one rank; start without mpirun or with -n 1");
   LoadedModel loaded = load_for_inference(options, world);
-  const auto dataset = open_input(options, loaded, required_input(inference), false);
+  const auto dataset = open_input(options, loaded, required_input(inference), InputRows::maybe_labelled);
   const auto sink = open_sink(inference.output, world);
   const bool is_causal = options.model.task == "causal-lm";
   std::vector<std::pair<SafetensorsWriter::Item, at::Tensor>> full;

@@ -136,7 +136,9 @@ TEST_F(Datasets, WithoutRequiredLabelsRowsMayLackThemAndThenNoneIsUsed) {
   EXPECT_EQ(num_labels("a.jsonl", "{\"text\":\"w5\",\"label\":\"b\"}\n{\"text\":\"w5\",\"label\":\"a\"}\n"), 2U);
   DatasetOptions none = options("a.csv", "text,label\nw5,zz\n");
   none.require_labels = false;
-  EXPECT_EQ(error(none), "a.csv:2: unknown label 'zz' in column 'label'; the known labels are: a, b");
+  EXPECT_TRUE(all_labels(none, {"a", "b"}).empty());
+  EXPECT_EQ(num_labels("b.csv", "text,label\nw5,a\nw6,zz\nw7,b\n"), 0U);
+  EXPECT_EQ(num_labels("b.jsonl", "{\"text\":\"w5\",\"label\":0.5}\n"), 0U);
   none.label_column = "";
   EXPECT_TRUE(all_labels(none, {"a", "b"}).empty());
 }
@@ -184,6 +186,28 @@ TEST_F(Datasets, CausalRowsAreCutAtMaxLengthAndShortRestsDropped) {
   EXPECT_EQ(dataset->get(1).labels, (Labels{14, 15, -100}));
   cut.max_rows = 1;
   EXPECT_EQ(make_causal_lm_dataset(cut, plain)->size(), 2);
+}
+
+TEST_F(Datasets, CausalRowsStayWholeWhereExamplesMustBeRows) {
+  const WordTokenizer plain(false);
+  DatasetOptions whole = options("a.txt", "w10 w11 w12\nw20\nw30 w31\n");
+  whole.one_example_per_row = true;
+  whole.max_length = 3;
+  const auto dataset = make_causal_lm_dataset(whole, plain);
+  ASSERT_EQ(dataset->size(), 3);
+  EXPECT_EQ(dataset->get(0).ids, (Ids{10, 11, 12}));
+  EXPECT_EQ(dataset->get(1).ids, (Ids{20}));
+  EXPECT_EQ(dataset->get(1).labels, (Labels{-100}));
+  EXPECT_EQ(dataset->get(2).ids, (Ids{30, 31}));
+  const auto message = [&](const std::string& content) {
+    DatasetOptions bad = options("b.txt", content);
+    bad.one_example_per_row = true;
+    bad.max_length = 3;
+    return error_of(dir_, [&] { make_causal_lm_dataset(bad, plain); });
+  };
+  EXPECT_EQ(message("w1\nw1 w2 w3 w4\n"),
+            "b.txt:2: the row has 4 tokens, but is needed whole and max_seq_length is 3; split or shorten it");
+  EXPECT_EQ(message("w1 w2\n\nw1\n"), "b.txt:2: the text has no tokens; remove the row");
 }
 
 TEST_F(Datasets, CausalFilesWithoutAnythingToPredictAreRefused) {
