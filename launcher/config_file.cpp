@@ -43,7 +43,7 @@ std::string without_comment(const std::string& line) {
 std::string unquoted(const std::string& value, const std::string& where) {
   if (value.empty() || (value.front() != '"' && value.front() != '\'')) return value;
   if (value.size() < 2 || value.back() != value.front())
-    fail(ErrorKind::data, fmt::format("{}: the quote that begins {} is never closed", where, value));
+    fail(ErrorKind::config, fmt::format("{}: the quote that begins {} is never closed", where, value));
   return value.substr(1, value.size() - 2);
 }
 
@@ -60,7 +60,7 @@ std::vector<ConfigEntry> read_lines(const std::filesystem::path& file) {
     const std::string where = fmt::format("{}:{}", file.string(), number);
     const std::size_t equals = line.find('=');
     if (equals == std::string::npos || equals == 0)
-      fail(ErrorKind::data, fmt::format("{}: '{}' is no `name = value` line", where, line));
+      fail(ErrorKind::config, fmt::format("{}: '{}' is no `name = value` line", where, line));
     entries.push_back({trimmed(line.substr(0, equals)), unquoted(trimmed(line.substr(equals + 1)), where), where});
   }
   return entries;
@@ -70,7 +70,7 @@ std::string json_text(const nlohmann::json& value, const std::string& where) {
   if (value.is_string()) return value.get<std::string>();
   if (value.is_boolean() || value.is_number_integer()) return value.dump();
   if (value.is_number()) return fmt::format("{}", value.get<double>());
-  if (!value.is_array()) fail(ErrorKind::data, fmt::format("{}: a string, number, true, false or an array of them is needed", where));
+  if (!value.is_array()) fail(ErrorKind::config, fmt::format("{}: a string, number, true, false or an array of them is needed", where));
   std::string list;
   for (const auto& item : value) list += (list.empty() ? "" : ",") + json_text(item, where);
   return list;
@@ -78,7 +78,7 @@ std::string json_text(const nlohmann::json& value, const std::string& where) {
 
 std::vector<ConfigEntry> read_json(const std::filesystem::path& file) {
   const nlohmann::json object = read_json_file(file, {.max_bytes = kMaxConfigBytes});
-  if (!object.is_object()) fail(ErrorKind::data, fmt::format("{}: a JSON object of options is needed", file.string()));
+  if (!object.is_object()) fail(ErrorKind::config, fmt::format("{}: a JSON object of options is needed", file.string()));
   std::vector<ConfigEntry> entries;
   for (const auto& [name, value] : object.items()) {
     if (value.is_null()) continue;  // Hugging Face writes null for "not set"
@@ -88,10 +88,20 @@ std::vector<ConfigEntry> read_json(const std::filesystem::path& file) {
   return entries;
 }
 
+// A file that is missing or malformed is the configuration's fault here, which the readers of core call data.
+std::vector<ConfigEntry> read_entries(const std::filesystem::path& file) {
+  try {
+    return file.extension() == ".json" ? read_json(file) : read_lines(file);
+  } catch (const Error& e) {
+    if (e.kind() != ErrorKind::data) throw;
+    fail(ErrorKind::config, fmt::format("--config: {}", e.what()));
+  }
+}
+
 }  // namespace
 
 std::vector<ConfigEntry> read_config_file(const std::filesystem::path& file) {
-  std::vector<ConfigEntry> entries = file.extension() == ".json" ? read_json(file) : read_lines(file);
+  std::vector<ConfigEntry> entries = read_entries(file);
   std::map<std::string, std::string> seen;
   for (const ConfigEntry& entry : entries) {
     const auto [it, is_new] = seen.emplace(canonical_name(entry.name), entry.where);

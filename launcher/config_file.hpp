@@ -14,7 +14,8 @@ struct ConfigEntry {
 
 // Lines: a '#' at the start of a line or after a space begins a comment; a value may stand in single or double quotes, in
 // which case everything between them counts. Blank lines are skipped.
-// Error{data} for an unreadable or malformed file, Error{config} for a name given twice; both name file and line.
+// Error{config} for a missing or malformed file and for a name given twice; it names the file, and the line where there
+// is one.
 std::vector<ConfigEntry> read_config_file(const std::filesystem::path& file);
 
 }  // namespace shardtune

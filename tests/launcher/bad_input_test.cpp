@@ -60,6 +60,20 @@ TEST_F(BadInput, MisspeltOptionSuggestsTheNearestName) {
   expect_train_failure("--learning_rat 1e-3", 2, {"learning_rat", "learning_rate"});
 }
 
+TEST_F(BadInput, ConfigurationFileMissingOrMalformed) {
+  const auto config = [&](const std::string& name, const std::string& content) {
+    std::ofstream(directory_ / name) << content;
+    return "--config " + (directory_ / name).string();
+  };
+  expect_train_failure("--config " + (directory_ / "nowhere.cfg").string(), 2, {"--config", "nowhere.cfg", "No such file"});
+  expect_train_failure("--config " + directory_.string(), 2, {"--config", directory_.string(), "directory"});
+  expect_train_failure(config("a.cfg", "seed = 1\nlearning_rate 1e-3\n"), 2, {"a.cfg:2", "name = value"});
+  expect_train_failure(config("b.cfg", "\nlog_level = \"warn\n"), 2, {"b.cfg:2", "never closed"});
+  expect_train_failure(config("c.json", "{\"seed\": 1"), 2, {"c.json", "not valid JSON"});
+  expect_train_failure(config("d.json", "[1]"), 2, {"d.json", "object"});
+  expect_train_failure(config("e.json", "{\"seed\": {}}"), 2, {"e.json", "seed"});
+}
+
 TEST_F(BadInput, MissingModelDirectory) {
   options_.model.config_name = (directory_ / "nowhere").string();
   expect_train_failure("", 3, {"config_name", (directory_ / "nowhere").string()});
