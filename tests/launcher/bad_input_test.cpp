@@ -1,6 +1,7 @@
 // Bad input is normal: each case ends with the documented exit code and one message that names what to mend.
 #include <fstream>
 #include <functional>
+#include <tuple>
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
@@ -124,6 +125,14 @@ TEST_F(BadInput, RowThatIsNoJson) {
 
 TEST_F(BadInput, SequenceLongerThanTheModelAllows) {
   expect_train_failure("--max_seq_length 41", 2, {"max_seq_length", "41", "40"});
+  // A text is cut to what the model allows; ids are taken as they are or not at all.
+  std::string text = "w1", ids = "5";
+  for (int i = 0; i < 40; ++i) text += " w1", ids += ",5";
+  std::ofstream(options_.data.train_file, std::ios::app) << fmt::format("{{\"text\": \"{}\", \"label\": \"class0\"}}\n", text);
+  const CommandResult cut = run_command(fmt::format("{} train {} --overwrite_output_dir", shardtune_binary(), arguments(16)));
+  EXPECT_EQ(cut.exit_code, 0) << "16 steps of 4 read all 62 rows: " << cut.output;
+  std::ofstream(options_.data.train_file, std::ios::app) << fmt::format("{{\"input_ids\": [{}], \"label\": \"class0\"}}\n", ids);
+  expect_train_failure("--overwrite_output_dir", 3, {"train.jsonl:63", "41", "40"});
 }
 
 TEST_F(BadInput, TruncatedAndCorruptedSafetensors) {
@@ -131,10 +140,23 @@ TEST_F(BadInput, TruncatedAndCorruptedSafetensors) {
   const std::string command = fmt::format("{} evaluate --model_name_or_path {} --input {}", shardtune_binary(), model.string(),
                                           options_.data.validation_file);
   ASSERT_EQ(run_command(command).exit_code, 0);
-  rewrite((model / "model.safetensors").string(), [](std::string& bytes) { bytes.resize(bytes.size() - 100); });
-  expect_failure(command, 3, {"model.safetensors"});
-  rewrite((model / "model.safetensors").string(), [](std::string& bytes) { bytes[9] = '#'; });
-  expect_failure(command, 3, {"model.safetensors"});
+  const std::string file = (model / "model.safetensors").string();
+  std::string whole;
+  rewrite(file, [&](std::string& bytes) {
+    whole = bytes;
+    bytes.resize(bytes.size() - 100);
+  });
+  expect_failure(command, 3, {"model.safetensors", "the file holds"});
+  // Inside the header's JSON, and the header's length itself; the file is whole otherwise.
+  for (const auto& [position, byte, words] : std::vector<std::tuple<std::size_t, char, std::string>>{{9, '#', "JSON"}, {6, '\1', "header"}}) {
+    rewrite(file, [&, at = position, value = byte](std::string& bytes) {
+      bytes = whole;
+      bytes[at] = value;
+    });
+    expect_failure(command, 3, {"model.safetensors", words});
+  }
+  rewrite(file, [&](std::string& bytes) { bytes = whole; });
+  EXPECT_EQ(run_command(command).exit_code, 0) << "only the damage made it fail";
 }
 
 TEST_F(BadInput, UnsupportedArchitecture) {
