@@ -1,17 +1,16 @@
 # Every third-party library as an imported target, so that a folder's CMakeLists names what it uses and nothing else leaks in.
 
 # LibTorch out of the PyPI wheel. Own imported targets: find_package(Torch) drags in libtorch_cuda and wrong run paths.
-if(DEFINED ENV{LIBTORCH_DIR} AND NOT LIBTORCH_DIR)
-  set(LIBTORCH_DIR $ENV{LIBTORCH_DIR})
+# The environment wins over what an earlier configuration has stored.
+set(libtorch_default $ENV{LIBTORCH_DIR})
+if(libtorch_default)
+  set(LIBTORCH_DIR ${libtorch_default} CACHE PATH "prefix with torch/lib and torch/include" FORCE)
+elseif(DEFINED ENV{XDG_CACHE_HOME})
+  set(libtorch_default $ENV{XDG_CACHE_HOME}/shardtune/libtorch-2.11.0)
+else()
+  set(libtorch_default $ENV{HOME}/.cache/shardtune/libtorch-2.11.0)
 endif()
-if(NOT LIBTORCH_DIR)
-  if(DEFINED ENV{XDG_CACHE_HOME})
-    set(LIBTORCH_DIR $ENV{XDG_CACHE_HOME}/shardtune/libtorch-2.11.0)
-  else()
-    set(LIBTORCH_DIR $ENV{HOME}/.cache/shardtune/libtorch-2.11.0)
-  endif()
-endif()
-set(LIBTORCH_DIR ${LIBTORCH_DIR} CACHE PATH "prefix with torch/lib and torch/include")
+set(LIBTORCH_DIR ${libtorch_default} CACHE PATH "prefix with torch/lib and torch/include")
 # A wheel prefix has torch/{lib,include}; a LibTorch archive has {lib,include} directly.
 if(EXISTS ${LIBTORCH_DIR}/torch/lib/libtorch_cpu.so)
   set(torch_root ${LIBTORCH_DIR}/torch)

@@ -4,6 +4,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/shardtune"
 wheels="$cache/wheels"
 torch_version=2.11.0
+libtorch="${LIBTORCH_DIR:-$cache/libtorch-$torch_version}"
 
 say() { printf '%s: %s\n' "${0##*/}" "$*"; }
 die() { local code=$1; shift; printf '%s: %s\n' "${0##*/}" "$*" >&2; exit "$code"; }
@@ -20,18 +21,21 @@ build_jobs() {
   echo "${SHARDTUNE_JOBS:-$jobs}"
 }
 
-# Through the presets, whose environment makes the compiler cache work with the precompiled header.
-configure() { cmake --preset "$1" --log-level=WARNING >/dev/null || die 2 "cmake --preset $1 failed"; }
+# Through the presets, whose environment makes the compiler cache work with the precompiled header; with the LibTorch that
+# bootstrap has checked.
+configure() {
+  cmake --preset "$1" --log-level=WARNING -DLIBTORCH_DIR="$libtorch" >/dev/null || die 2 "cmake --preset $1 failed"
+}
 compile() {
   local preset=$1 jobs=$2
   shift 2
   cmake --build --preset "$preset" -j "$jobs" ${1+--target "$@"} -- --quiet
 }
 
-# fetch_wheel NAME VERSION SHA256 -> sets `wheel` to the file in $wheels. Downloads once, through pip, and checks the hash
-# at every call; the Python tag is fixed, so that every machine gets the same file.
+# fetch_wheel NAME VERSION SHA256 -> sets `wheel` to the file in $wheels. Downloads once, from the package index that pip
+# uses, goes on where an earlier download was cut off, and checks the hash at every call.
 fetch_wheel() {
-  local name=$1 version=$2 sha=$3 file try
+  local name=$1 version=$2 sha=$3 file
   mkdir -p "$wheels"
   # `|| true`: no such file yet is the normal case of a fresh machine, and pipefail would end the script there.
   find_wheel() { ls "$wheels/${name//-/_}-$version"-*.whl 2>/dev/null | head -n 1 || true; }
