@@ -5,6 +5,7 @@
 
 #include <fmt/format.h>
 
+#include "checkpoint/checkpoint_store.hpp"
 #include "core/error.hpp"
 #include "core/json.hpp"
 
@@ -29,6 +30,10 @@ fs::path config_file_of(const fs::path& path, const char* option) {
   return file;
 }
 
+bool is_run_checkpoint(const fs::path& dir) {
+  return fs::exists(dir / "manifest.json") && read_checkpoint_run_state(dir).contains("state");
+}
+
 }  // namespace
 
 ModelSource find_model_source(const ModelOptions& options) {
@@ -39,7 +44,7 @@ ModelSource find_model_source(const ModelOptions& options) {
       fail(ErrorKind::data, fmt::format("--model_name_or_path = {}: a directory is needed, not a file", dir.string()));
     if (!fs::exists(dir / "config.json") && fs::exists(dir / "model" / "config.json")) dir /= "model";
     source.config_file = config_file_of(dir, "model_name_or_path");
-    (fs::exists(dir / "manifest.json") ? source.checkpoint_dir : source.weights_dir) = dir;
+    (is_run_checkpoint(dir) ? source.checkpoint_dir : source.weights_dir) = dir;
     source.tokenizer_dir = dir;
   } else {
     source.config_file = config_file_of(options.config_name, "config_name");

@@ -17,8 +17,9 @@ namespace shardtune {
 struct ModelSource {
   nlohmann::json config;                  // config.json
   std::filesystem::path config_file;      // where it was read, for messages
-  std::filesystem::path weights_dir;      // Hugging Face layout; empty: random initialisation or a checkpoint
-  std::filesystem::path checkpoint_dir;   // a checkpoint-<step> of ours; empty otherwise
+  std::filesystem::path weights_dir;      // Hugging Face layout, or an imported checkpoint, which has the names of the
+                                          // file it was made of; empty: random initialisation or a checkpoint
+  std::filesystem::path checkpoint_dir;   // a checkpoint-<step> of a run of ours; empty otherwise
   std::filesystem::path tokenizer_dir;    // empty when no tokenizer is known
 };
 

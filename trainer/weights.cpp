@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <map>
+#include <memory>
 #include <optional>
 
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include "checkpoint/checkpoint_reader.hpp"
 #include "checkpoint/safetensors.hpp"
 #include "core/error.hpp"
 #include "core/file.hpp"
@@ -18,9 +20,35 @@ namespace shardtune {
 namespace fs = std::filesystem;
 namespace {
 
-// Which tensors of the files provide each of our parameters; several where a tied weight is stored under both names.
+// A tensor of a Hugging Face directory or of an imported checkpoint.
+struct StoredTensor {
+  std::vector<std::int64_t> shape;
+  std::function<void(std::int64_t offset, const at::Tensor& into)> read;  // elements from offset on, into fp32
+};
+
+std::map<std::string, StoredTensor> stored_tensors(const fs::path& directory) {
+  std::map<std::string, StoredTensor> tensors;
+  if (fs::exists(directory / "manifest.json")) {
+    const auto reader = std::make_shared<CheckpointReader>(directory);
+    for (const ManifestTensor& tensor : reader->manifest().tensors)
+      if (tensor.field == "value")
+        tensors[tensor.name] = {tensor.shape, [reader, &tensor](std::int64_t offset, const at::Tensor& into) {
+                                  reader->read({{&tensor, offset, into}});
+                                }};
+    return tensors;
+  }
+  for (auto& [name, entry] : read_model_headers(directory)) {
+    std::vector<std::int64_t> shape = entry.shape;
+    tensors[name] = {std::move(shape), [entry = std::move(entry)](std::int64_t offset, const at::Tensor& into) {
+                       read_safetensors_slice(entry, offset, into);
+                     }};
+  }
+  return tensors;
+}
+
+// Which stored tensors provide each of our parameters; several where a tied weight is stored under both names.
 struct Matches {
-  std::multimap<std::string, std::pair<std::string, SafetensorsEntry>> by_parameter;  // -> name in the file, where
+  std::multimap<std::string, std::pair<std::string, StoredTensor>> by_parameter;  // -> name in the file, tensor
   WeightReport report;
 };
 
@@ -29,17 +57,17 @@ Matches match_names(const fs::path& model_dir, Model& model, ParallelEngine& eng
   std::map<std::string, const Parameter*> known;
   for (const ShardedParameter* p : engine.parameters()) known[p->parameter->name] = p->parameter;
   std::vector<std::string> wrong_shape, missing;
-  for (auto& [name_in_file, entry] : read_model_headers(model_dir)) {
+  for (auto& [name_in_file, tensor] : stored_tensors(model_dir)) {
     const std::optional<std::string> name = model.map_weight_name(name_in_file);
     if (!name) continue;
     const auto it = known.find(*name);
     if (it == known.end()) {
       matches.report.unexpected.push_back(name_in_file);
-    } else if (entry.shape != it->second->shape) {
-      wrong_shape.push_back(fmt::format("{}: [{}] in the file, [{}] in the model", *name, fmt::join(entry.shape, ", "),
+    } else if (tensor.shape != it->second->shape) {
+      wrong_shape.push_back(fmt::format("{}: [{}] in the file, [{}] in the model", *name, fmt::join(tensor.shape, ", "),
                                         fmt::join(it->second->shape, ", ")));
     } else {
-      matches.by_parameter.emplace(*name, std::pair(name_in_file, std::move(entry)));
+      matches.by_parameter.emplace(*name, std::pair(name_in_file, std::move(tensor)));
     }
   }
   if (!wrong_shape.empty())
@@ -84,9 +112,9 @@ WeightReport load_pretrained(const fs::path& model_dir, Model& model, ParallelEn
     const auto [first, last] = matches.by_parameter.equal_range(p->parameter->name);
     if (first == last) initialize_slice(*p->parameter, seed, p->slice_offset(), slice);
     for (auto it = first; it != last; ++it) {
-      const auto& [name_in_file, entry] = it->second;
+      const auto& [name_in_file, tensor] = it->second;
       at::Tensor values = it == first ? slice : at::empty_like(slice);
-      read_safetensors_slice(entry, p->slice_offset(), values);
+      tensor.read(p->slice_offset(), values);
       if (it != first && !at::equal(values, slice))
         fail(ErrorKind::data, fmt::format("{}: {} and {} are one weight of this model, but the file holds different "
                                           "values; set tie_word_embeddings to false in config.json if they belong apart",

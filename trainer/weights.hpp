@@ -18,6 +18,7 @@ struct WeightReport {
   std::vector<std::string> unexpected;         // tensors of the file that the model does not use
 };
 
+// model_dir: safetensors, or a checkpoint of ours, whose names are matched like those of a file.
 // Every rank reads its distinct slices only, so every byte is read once over all ranks; then ddp gathers. Parameters of
 // task heads that the file lacks are initialised from `seed` as Hugging Face does. Error{data} lists tensors of another
 // shape, and missing tensors that are no head.

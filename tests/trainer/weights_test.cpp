@@ -6,9 +6,11 @@
 #include <nlohmann/json.hpp>
 
 #include "checkpoint/safetensors.hpp"
+#include "checkpoint/tools.hpp"
 #include "core/error.hpp"
 #include "distributed/comm/thread_group.hpp"
 #include "tests/support/tiny_run.hpp"
+#include "trainer/model_source.hpp"
 
 namespace shardtune {
 namespace {
@@ -84,6 +86,54 @@ TEST(Weights, TiedWeightStoredTwiceWithDifferentValuesIsRefused) {
     for (const char* text : {kEmbedding, kHead, "tie_word_embeddings"})
       EXPECT_NE(std::string(error.what()).find(text), std::string::npos) << error.what();
   }
+  fs::remove_all(directory);
+}
+
+// A base model in old names: no prefix, gamma and beta, no classifier; a pretraining head that this task does not use.
+std::unique_ptr<Model> write_base_bert(const RunOptions& options, const fs::path& directory) {
+  ModelSource source = find_model_source(options.model);
+  auto model = build_model(source, options.model, {"a", "b"});
+  fs::create_directories(directory);
+  fs::copy_file(source.config_file, directory / "config.json");
+  std::vector<SafetensorsWriter::Item> items;
+  for (const Unit* unit : model->units())
+    for (const Parameter* p : unit->parameters) {
+      std::string name = p->name.substr(p->name.find('.') + 1);
+      if (p->name.starts_with("classifier.")) continue;
+      if (name.ends_with("LayerNorm.weight")) name = name.substr(0, name.size() - 6) + "gamma";
+      if (name.ends_with("LayerNorm.bias")) name = name.substr(0, name.size() - 4) + "beta";
+      items.push_back({name, "F32", p->shape});
+    }
+  items.push_back({"cls.predictions.bias", "F32", {54}});
+  SafetensorsWriter writer(directory / "model.safetensors", items);
+  for (const auto& item : items) writer.write(at::randn(item.shape).flatten());
+  writer.commit();
+  return model;
+}
+
+TEST(Weights, AnImportedBaseModelLoadsLikeTheDirectoryItCameFrom) {
+  const fs::path directory = testing_support::fresh_directory("imported_base");
+  RunOptions options = testing_support::make_tiny_run(directory, testing_support::TinyFamily::bert);
+  const auto model = write_base_bert(options, directory / "base");
+  const nlohmann::json imported = import_model(directory / "base", directory / "imported");
+  options.model.model_name_or_path = imported.at("checkpoint").get<std::string>();
+  const ModelSource source = find_model_source(options.model);
+  EXPECT_TRUE(source.checkpoint_dir.empty());
+  run_thread_ranks(2, [&](Communicator& world) {
+    ModelSource own = source;
+    const auto from_file = build_model(own, options.model, {"a", "b"}),
+               from_import = build_model(own, options.model, {"a", "b"});
+    ParallelEngine a(from_file->units(), world, {.plan = find_sharding_plan("zero3")});
+    ParallelEngine b(from_import->units(), world, {.plan = find_sharding_plan("zero3")});
+    const WeightReport expected = load_pretrained(directory / "base", *from_file, a, 1);
+    const WeightReport report = load_pretrained(source.weights_dir, *from_import, b, 1);
+    EXPECT_EQ(report.newly_initialized, (std::vector<std::string>{"classifier.bias", "classifier.weight"}));
+    EXPECT_EQ(report.newly_initialized, expected.newly_initialized);
+    EXPECT_EQ(report.unexpected, std::vector<std::string>{"cls.predictions.bias"});
+    for (std::size_t i = 0; i < a.parameters().size(); ++i)
+      EXPECT_TRUE(at::equal(a.parameters()[i]->master, b.parameters()[i]->master))
+          << a.parameters()[i]->parameter->name;
+  });
   fs::remove_all(directory);
 }
 
