@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include <ATen/ops/empty.h>
 #include <fmt/format.h>
 
 #include "checkpoint/output_lock.hpp"
@@ -61,6 +62,17 @@ void CheckpointReader::read(const std::vector<Request>& requests) {
   std::sort(pieces.begin(), pieces.end(),
             [](const Piece& a, const Piece& b) { return std::tie(a.file, a.begin) < std::tie(b.file, b.begin); });
   for (const Piece& piece : pieces) open(piece.file).read(piece.begin, piece.size, piece.into);
+}
+
+void CheckpointReader::read_in_pieces(const ManifestTensor& tensor, const PieceUser& use) {
+  constexpr std::int64_t kPieceNumel = 1 << 18;
+  const std::int64_t numel = tensor.numel();
+  const at::Tensor buffer = at::empty({std::min(numel, kPieceNumel)}, at::kFloat);
+  for (std::int64_t begin = 0; begin < numel; begin += kPieceNumel) {
+    const at::Tensor piece = buffer.narrow(0, 0, std::min(kPieceNumel, numel - begin));
+    read({{&tensor, begin, piece}});
+    use(begin, piece);
+  }
 }
 
 std::uint64_t CheckpointReader::bytes_read() const {

@@ -3,6 +3,7 @@
 // manifest, bytes by verified block reads. Memory: the manifest and one block per open file. Not thread-safe.
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -31,6 +32,9 @@ class CheckpointReader {
   const ManifestTensor& tensor(const std::string& name, const std::string& field) const;
   // Ordered by position in the files, so that every block is read about once. Error{data} for damaged or missing files.
   void read(const std::vector<Request>& requests);
+  // The whole tensor in order, at most 1 MiB at a time; the piece's memory is reused after `use` returns.
+  using PieceUser = std::function<void(std::int64_t offset, const at::Tensor& piece)>;
+  void read_in_pieces(const ManifestTensor& tensor, const PieceUser& use);
   std::uint64_t bytes_read() const;
 
  private:

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <vector>
 
-#include <ATen/ops/empty.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 #include <nlohmann/json.hpp>
@@ -15,8 +14,6 @@
 
 namespace shardtune {
 namespace {
-
-constexpr std::int64_t kPieceNumel = 1 << 18;
 
 // Mean and sum of squared deviations of one piece, merged into those of all before it (Chan, Golub, LeVeque 1979), so
 // that a large mean does not swallow the deviations.
@@ -69,13 +66,9 @@ class Accumulator {
 
 TensorStatistics statistics_of(CheckpointReader& reader, const ManifestTensor& tensor) {
   Accumulator accumulator;
-  const std::int64_t numel = tensor.numel();
-  at::Tensor buffer = at::empty({std::min(numel, kPieceNumel)}, at::kFloat);
-  for (std::int64_t at = 0; at < numel; at += kPieceNumel) {
-    const std::int64_t size = std::min(kPieceNumel, numel - at);
-    reader.read({{&tensor, at, buffer.narrow(0, 0, size)}});
-    accumulator.add(static_cast<const float*>(buffer.data_ptr()), size);
-  }
+  reader.read_in_pieces(tensor, [&](std::int64_t, const at::Tensor& piece) {
+    accumulator.add(static_cast<const float*>(piece.data_ptr()), piece.numel());
+  });
   return accumulator.finish();
 }
 

@@ -1,10 +1,10 @@
 #include <algorithm>
 #include <cctype>
 #include <charconv>
+#include <iterator>
 #include <map>
 #include <system_error>
 
-#include <ATen/ops/empty.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 #include <nlohmann/json.hpp>
@@ -15,21 +15,18 @@
 #include "checkpoint/tools.hpp"
 #include "core/error.hpp"
 #include "core/file.hpp"
+#include "core/model_files.hpp"
 
 namespace shardtune {
 namespace fs = std::filesystem;
 namespace {
 
-constexpr std::int64_t kPieceNumel = 1 << 20;
 constexpr const char* kIndexFile = "model.safetensors.index.json";
 
 // Of the files of a model directory, those that belong to the model and are no weights.
 bool is_model_companion(const std::string& name) {
-  for (const char* known :
-       {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-        "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"})
-    if (name == known) return true;
-  return false;
+  return name == "config.json" || name == "generation_config.json" ||
+         std::find(std::begin(kTokenizerFiles), std::end(kTokenizerFiles), name) != std::end(kTokenizerFiles);
 }
 
 // The stored type of the weights in config.json, where readers look for it.
@@ -63,15 +60,8 @@ void write_tensors(CheckpointReader& reader, const fs::path& file, const std::ve
   for (const ManifestTensor* tensor : tensors)
     items.push_back({tensor->name, dtype == "bfloat16" ? "BF16" : "F32", tensor->shape});
   SafetensorsWriter writer(file, std::move(items));
-  const at::Tensor buffer = at::empty({kPieceNumel}, at::kFloat);
-  for (const ManifestTensor* tensor : tensors) {
-    const std::int64_t numel = tensor->numel();
-    for (std::int64_t at = 0; at < numel; at += kPieceNumel) {
-      const at::Tensor piece = buffer.narrow(0, 0, std::min(kPieceNumel, numel - at));
-      reader.read({{tensor, at, piece}});
-      writer.write(piece);
-    }
-  }
+  for (const ManifestTensor* tensor : tensors)
+    reader.read_in_pieces(*tensor, [&](std::int64_t, const at::Tensor& piece) { writer.write(piece); });
   writer.commit();
 }
 

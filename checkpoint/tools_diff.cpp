@@ -2,7 +2,7 @@
 #include <cmath>
 #include <cstring>
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <nlohmann/json.hpp>
 
 #include "checkpoint/checkpoint_reader.hpp"
@@ -11,29 +11,24 @@
 namespace shardtune {
 namespace {
 
-constexpr std::int64_t kPieceNumel = 1 << 18;
-
 // Null when all bits are equal.
 nlohmann::json compare(CheckpointReader& a, CheckpointReader& b, const ManifestTensor& in_a,
                        const ManifestTensor& in_b) {
-  const std::int64_t numel = in_a.numel();
-  const at::Tensor buffer_a = at::empty({std::min(numel, kPieceNumel)}, at::kFloat);
-  const at::Tensor buffer_b = at::empty({std::min(numel, kPieceNumel)}, at::kFloat);
   std::int64_t num_different = 0, first_different = -1;
   double largest = 0;
-  for (std::int64_t at = 0; at < numel; at += kPieceNumel) {
-    const std::int64_t size = std::min(kPieceNumel, numel - at);
-    a.read({{&in_a, at, buffer_a.narrow(0, 0, size)}});
-    b.read({{&in_b, at, buffer_b.narrow(0, 0, size)}});
-    const auto* x = static_cast<const float*>(buffer_a.data_ptr());
-    const auto* y = static_cast<const float*>(buffer_b.data_ptr());
-    if (std::memcmp(x, y, static_cast<std::size_t>(size) * sizeof(float)) == 0) continue;
+  a.read_in_pieces(in_a, [&](std::int64_t begin, const at::Tensor& piece_a) {
+    const at::Tensor piece_b = at::empty_like(piece_a);
+    b.read({{&in_b, begin, piece_b}});
+    const auto* x = static_cast<const float*>(piece_a.data_ptr());
+    const auto* y = static_cast<const float*>(piece_b.data_ptr());
+    const std::int64_t size = piece_a.numel();
+    if (std::memcmp(x, y, static_cast<std::size_t>(size) * sizeof(float)) == 0) return;
     for (std::int64_t i = 0; i < size; ++i) {
       if (std::memcmp(x + i, y + i, sizeof(float)) == 0) continue;
-      if (num_different++ == 0) first_different = at + i;
+      if (num_different++ == 0) first_different = begin + i;
       largest = std::fmax(largest, std::fabs(static_cast<double>(x[i]) - static_cast<double>(y[i])));
     }
-  }
+  });
   if (num_different == 0) return nullptr;
   return {{"name", in_a.name},
           {"field", in_a.field},

@@ -10,6 +10,7 @@
 #include "core/error.hpp"
 #include "core/file.hpp"
 #include "core/json.hpp"
+#include "core/model_files.hpp"
 #include "data/added_tokens.hpp"
 #include "data/normalizer.hpp"
 #include "data/post_processor.hpp"
@@ -255,9 +256,7 @@ std::unique_ptr<Tokenizer> load_tokenizer(const std::filesystem::path& model_dir
 
 std::vector<std::pair<std::string, std::string>> tokenizer_files(const std::filesystem::path& model_dir) {
   std::vector<std::pair<std::string, std::string>> files;
-  for (const char* name :
-       {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-        "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"})
+  for (const char* name : kTokenizerFiles)
     if (const std::filesystem::path file = model_dir / name; std::filesystem::is_regular_file(file))
       files.emplace_back(name, read_file(file, kMaxFileBytes));
   return files;

@@ -1,0 +1,18 @@
+#pragma once
+// Names of the files of a Hugging Face model directory that are no weights.
+
+namespace shardtune {
+
+// What makes up a tokenizer; a directory holds some of them.
+inline constexpr const char* kTokenizerFiles[] = {"tokenizer.json",
+                                                  "tokenizer_config.json",
+                                                  "special_tokens_map.json",
+                                                  "added_tokens.json",
+                                                  "vocab.txt",
+                                                  "vocab.json",
+                                                  "merges.txt",
+                                                  "tokenizer.model",
+                                                  "chat_template.jinja",
+                                                  "chat_template.json"};
+
+}  // namespace shardtune
