@@ -28,11 +28,11 @@ class Inference : public testing::Test {
   std::vector<nlohmann::json> lines_of(const std::string& command, TinyFamily family, const std::string& launch = "") {
     const RunOptions options = make_tiny_run(directory_, family);
     const fs::path output = directory_ / "output.jsonl";
-    const CommandResult result = run_command(
-        fmt::format("{} {} {} --config_name {} --task {} --input {} --output {} --num_threads 1 "
-                    "--per_device_eval_batch_size 2",
-                    launch, shardtune_binary(), command, options.model.config_name, options.model.task, input_.string(),
-                    output.string()));
+    const CommandResult result =
+        run_command(fmt::format("{} {} {} --config_name {} --task {} --input {} --output {} --num_threads 1 "
+                                "--per_device_eval_batch_size 2",
+                                launch, shardtune_binary(), command, options.model.config_name, options.model.task,
+                                input_.string(), output.string()));
     EXPECT_EQ(result.exit_code, 0) << result.output;
     messages_ = result.output;
     std::vector<nlohmann::json> lines;
@@ -74,7 +74,11 @@ TEST_F(Inference, ScoreGoesWithoutLabelsWhereTheModelDoesNotKnowThemAndSaysSoOnc
 
 TEST_F(Inference, ScoreOfACausalModelNumbersTheRowsOfTheInput) {
   const std::vector<std::vector<int>> rows{{5, 6, 7}, {8}, {9, 10}, {11}, {12, 13, 14, 15}};
-  write_input({{{"text", "w1 w2 w3"}}, {{"text", "w4"}}, {{"text", "w5 w6"}}, {{"input_ids", {11}}}, {{"text", "w8 w9 w10 w11"}}});
+  write_input({{{"text", "w1 w2 w3"}},
+               {{"text", "w4"}},
+               {{"text", "w5 w6"}},
+               {{"input_ids", {11}}},
+               {{"text", "w8 w9 w10 w11"}}});
   for (const std::string& launch : {std::string(), mpirun_command(2)}) {
     const auto lines = lines_of("score", TinyFamily::llama, launch);
     ASSERT_EQ(lines.size(), rows.size()) << messages_;
@@ -82,8 +86,10 @@ TEST_F(Inference, ScoreOfACausalModelNumbersTheRowsOfTheInput) {
       EXPECT_EQ(lines[i].at("index"), i);
       EXPECT_EQ(lines[i].at("input_ids"), rows[i]);
       EXPECT_EQ(lines[i].at("token_logprobs").size(), rows[i].size() - 1);
-      if (rows[i].size() == 1) EXPECT_EQ(lines[i].at("loss"), 0.0);
-      else EXPECT_GT(lines[i].at("loss"), 0.0);
+      if (rows[i].size() == 1)
+        EXPECT_EQ(lines[i].at("loss"), 0.0);
+      else
+        EXPECT_GT(lines[i].at("loss"), 0.0);
     }
   }
 }
@@ -93,9 +99,8 @@ TEST_F(Inference, ScoreRefusesARowOfACausalModelThatItCannotTakeWhole) {
   std::string text = "w1";
   for (int i = 0; i < 40; ++i) text += " w2";
   write_input({{{"text", "w1 w2"}}, {{"text", text}}});
-  const CommandResult result =
-      run_command(fmt::format("{} score --config_name {} --task causal-lm --input {}", shardtune_binary(),
-                              options.model.config_name, input_.string()));
+  const CommandResult result = run_command(fmt::format("{} score --config_name {} --task causal-lm --input {}",
+                                                       shardtune_binary(), options.model.config_name, input_.string()));
   EXPECT_EQ(result.exit_code, 3) << result.output;
   for (const char* words : {"input.jsonl:2", "41 tokens", "40"})
     EXPECT_NE(result.output.find(words), std::string::npos) << result.output;
