@@ -14,7 +14,8 @@ void add_model_rows(OptionTable& table, ModelOptions& model) {
   table.add("tokenizer_name", model.tokenizer_name, "DIR", "directory of tokenizer.json; default: the model's");
   table.add("task", model.task, "TASK", "text-classification or causal-lm");
   table.begin_group("Model", kTrain);
-  for (const char* name : {"hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout"})
+  for (const char* name : {"hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout",
+                           "embd_pdrop", "resid_pdrop", "attn_pdrop"})
     table.add_to_map(name, model.dropout, "overrides the field of config.json");
   table.add("freeze", model.freeze, "PATTERN", "parameters not to train, by name with * and ? ('bert.embeddings.*')");
 }

@@ -7,6 +7,7 @@
 namespace shardtune {
 
 std::unique_ptr<Model> make_bert(const ModelRequest& request);
+std::unique_ptr<Model> make_gpt2(const ModelRequest& request);
 std::unique_ptr<Model> make_llama(const ModelRequest& request);
 
 }  // namespace shardtune

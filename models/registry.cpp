@@ -29,6 +29,11 @@ const std::vector<Architecture>& architectures() {
         "BertForNextSentencePrediction", "BertForTokenClassification", "BertForQuestionAnswering"},
        Task::text_classification,
        make_bert},
+      {"gpt2",
+       {"GPT2Model", "GPT2LMHeadModel", "GPT2DoubleHeadsModel", "GPT2ForSequenceClassification",
+        "GPT2ForTokenClassification", "GPT2ForQuestionAnswering"},
+       Task::causal_lm,
+       make_gpt2},
       {"llama", {"LlamaModel", "LlamaForCausalLM"}, Task::causal_lm, make_llama},
   };
   return table;

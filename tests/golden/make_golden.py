@@ -10,7 +10,8 @@ import sys
 
 import torch
 from safetensors.torch import save_file
-from transformers import (BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM)
+from transformers import (BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig,
+                          LlamaForCausalLM)
 
 HERE = pathlib.Path(__file__).parent
 LR, BETAS, EPS, DECAY, STEPS = 1e-3, (0.9, 0.999), 1e-8, 0.01, 3
@@ -37,7 +38,7 @@ def bert_forward(model, batch):
     return logits, torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum")
 
 
-def llama_forward(model, batch):
+def causal_forward(model, batch):
     logits = torch.cat([model(input_ids=ids[None]).logits[0] for ids in batch["rows"]])
     return logits, torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum", ignore_index=-100)
 
@@ -49,7 +50,7 @@ def flat(rows):
 def decays(name):
     """Whether HF's Trainer decays this parameter."""
     lowered = name.lower()
-    return not ("bias" in lowered or "norm" in lowered)
+    return not ("bias" in lowered or "norm" in lowered or ".ln_" in lowered)
 
 
 def write(name, model, batch, forward):
@@ -92,6 +93,15 @@ def bert(name, **changes):
     write(name, randomized(BertForSequenceClassification(config), 3), batch, bert_forward)
 
 
+def gpt2(name, **changes):
+    config = GPT2Config(vocab_size=67, n_embd=24, n_layer=2, n_head=3, n_positions=32, **changes)
+    torch.manual_seed(7)
+    rows = examples(config.vocab_size, (7, 1, 19, 10), 8)
+    labels = [torch.cat([r[1:], torch.tensor([-100])]) for r in rows]
+    labels[2][:6] = -100
+    write(name, randomized(GPT2LMHeadModel(config), 9), {"rows": rows, "labels": flat(labels)}, causal_forward)
+
+
 def llama(name, **changes):
     config = LlamaConfig(**({"vocab_size": 67, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
                              "num_key_value_heads": 2, "intermediate_size": 36, "max_position_embeddings": 64} | changes))
@@ -99,12 +109,15 @@ def llama(name, **changes):
     rows = examples(config.vocab_size, (7, 1, 19, 10), 5)
     labels = [torch.cat([r[1:], torch.tensor([-100])]) for r in rows]
     labels[2][:6] = -100
-    write(name, randomized(LlamaForCausalLM(config), 6), {"rows": rows, "labels": flat(labels)}, llama_forward)
+    write(name, randomized(LlamaForCausalLM(config), 6), {"rows": rows, "labels": flat(labels)}, causal_forward)
 
 
 CASES = {
     "bert": lambda: bert("bert"),
     "bert_tanh_gelu": lambda: bert("bert_tanh_gelu", hidden_act="gelu_new", layer_norm_eps=1e-5),
+    "gpt2": lambda: gpt2("gpt2"),
+    "gpt2_untied": lambda: gpt2("gpt2_untied", tie_word_embeddings=False, n_inner=40, activation_function="relu",
+                                scale_attn_by_inverse_layer_idx=True),
     "llama_tied": lambda: llama("llama_tied", tie_word_embeddings=True),
     "llama_untied": lambda: llama("llama_untied", head_dim=10, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-5),
     "llama_rope3": lambda: llama("llama_rope3", num_key_value_heads=1, num_hidden_layers=1, rope_parameters={

@@ -34,12 +34,16 @@ json llama_config() {
           {"intermediate_size", 20},  {"max_position_embeddings", 16},
           {"initializer_range", 0.4}};
 }
+json gpt2_config() {
+  return {{"model_type", "gpt2"}, {"vocab_size", 31},  {"n_embd", 12},      {"n_layer", 2},      {"n_head", 3},
+          {"n_positions", 16},    {"embd_pdrop", 0.0}, {"resid_pdrop", 0.0}, {"attn_pdrop", 0.0}, {"initializer_range", 0.4}};
+}
 
 ModelRequest request_for(json& config, std::map<std::string, double> dropout = {}) {
-  const bool is_llama = config.value("model_type", "") == "llama";
+  const std::string type = config.value("model_type", "");
   return {.config = &config,
           .origin = "dir/config.json",
-          .task = is_llama ? Task::causal_lm : Task::text_classification,
+          .task = type == "llama" || type == "gpt2" ? Task::causal_lm : Task::text_classification,
           .labels = {},
           .dropout = std::move(dropout)};
 }
@@ -99,6 +103,13 @@ TEST(ModelConfig, FieldsThatWouldChangeTheResultAreRefusedByName) {
                                                            {"quantization_config", {{"bits", 4}}},
                                                            {"attention_dropout", -0.1}};
   for (const auto& [key, value] : llama) expect_refused(with(llama_config(), key, value), key);
+  const std::vector<std::pair<const char*, json>> gpt2 = {{"add_cross_attention", true},
+                                                          {"pruned_heads", {{"0", {1}}}},
+                                                          {"activation_function", "quick_gelu"},
+                                                          {"n_head", 5},
+                                                          {"layer_norm_epsilon", 0.0},
+                                                          {"resid_pdrop", 1.5}};
+  for (const auto& [key, value] : gpt2) expect_refused(with(gpt2_config(), key, value), key);
 }
 
 TEST(ModelConfig, FieldsAtTheirNeutralValuesAreTaken) {
@@ -181,6 +192,24 @@ TEST(ModelConfig, NamesInWeightFilesAreMapped) {
   }
   EXPECT_EQ(untied->map_weight_name("lm_head.weight"), "lm_head.weight");
   EXPECT_EQ(tied->map_weight_name("lm_head.weight"), "model.embed_tokens.weight");
+  const auto gpt2 = make(gpt2_config());
+  for (const std::string prefix : {"", "transformer."}) {
+    EXPECT_EQ(gpt2->map_weight_name(prefix + "h.1.attn.c_attn.bias"), "transformer.h.1.attn.c_attn.bias");
+    EXPECT_EQ(gpt2->map_weight_name(prefix + "h.1.attn.bias"), std::nullopt);
+    EXPECT_EQ(gpt2->map_weight_name(prefix + "h.1.attn.masked_bias"), std::nullopt);
+    EXPECT_EQ(gpt2->map_weight_name(prefix + "ln_f.weight"), "transformer.ln_f.weight");
+  }
+  EXPECT_EQ(gpt2->map_weight_name("lm_head.weight"), "transformer.wte.weight");
+  EXPECT_EQ(make(with(gpt2_config(), "tie_word_embeddings", false))->map_weight_name("lm_head.weight"), "lm_head.weight");
+}
+
+TEST(ModelConfig, Gpt2InitialisesTheEndsOfResidualBranchesForItsDepth) {
+  const auto model = make(gpt2_config());
+  for (const Parameter* parameter : all_parameters(*model)) {
+    if (parameter->init.kind != InitRule::Kind::normal) continue;
+    const double expected = parameter->name.ends_with("c_proj.weight") ? 0.4 / 2 : 0.4;  // sqrt(2 x 2 layers)
+    EXPECT_DOUBLE_EQ(parameter->init.deviation, expected) << parameter->name;
+  }
 }
 
 // --- rotary frequencies
@@ -231,13 +260,13 @@ TEST(RopeConfig, OtherTypesAreRefusedByName) {
 // --- dropout
 // -----------------------------------------------------------------------------------------------------------
 
-Batch small_batch(bool is_llama) {
+Batch small_batch(bool has_token_types) {
   Batch batch;
   batch.ids = at::tensor({3, 1, 4, 1, 5, 9, 2, 6}, at::kLong);
   batch.positions = at::tensor({0, 1, 2, 3, 4, 0, 1, 2}, at::kLong);
   batch.segment_offsets = {0, 5, 8};
   batch.example_index = {0, 1};
-  if (!is_llama) batch.token_types = at::tensor({0, 0, 0, 1, 1, 0, 1, 1}, at::kLong);
+  if (has_token_types) batch.token_types = at::tensor({0, 0, 0, 1, 1, 0, 1, 1}, at::kLong);
   return batch;
 }
 
@@ -254,9 +283,8 @@ at::Tensor logits_of(const json& config, bool is_training, const Edit& edit = {}
     if (edit) edit(*parameter);
   }
   PlainRunner runner;
-  const bool is_llama = config.at("model_type") == "llama";
   const ForwardContext context{.is_training = is_training, .seed = 1, .step = 2, .micro_batch = 3};
-  return model->forward(small_batch(is_llama), runner, context, {.want_logits = true}).logits;
+  return model->forward(small_batch(model->uses_token_types()), runner, context, {.want_logits = true}).logits;
 }
 
 Edit zero_where(const std::vector<std::string>& parts) {
@@ -280,6 +308,13 @@ TEST(ModelDropout, ActsWhereTransformersHasIt) {
   EXPECT_TRUE(at::equal(dropped_all(bert, "classifier_dropout"), no_pooled));
   EXPECT_TRUE(at::equal(dropped_all(bert, "hidden_dropout_prob"), no_pooled)) << "the classifier's default";
   EXPECT_TRUE(at::equal(dropped_all(llama, "attention_dropout"), logits_of(llama, false, zero_where({"v_proj"}))));
+  const json gpt2 = with(gpt2_config(), "tie_word_embeddings", false);
+  EXPECT_TRUE(at::equal(dropped_all(gpt2, "embd_pdrop"), logits_of(gpt2, false, zero_where({"wte", "wpe"}))));
+  const Edit zero_values = [](Parameter& parameter) {
+    if (parameter.name.find("c_attn") != std::string::npos) parameter.value.narrow(-1, 24, 12).zero_();
+  };
+  EXPECT_TRUE(at::equal(dropped_all(gpt2, "attn_pdrop"), logits_of(gpt2, false, zero_values)));
+  EXPECT_TRUE(at::equal(dropped_all(gpt2, "resid_pdrop"), logits_of(gpt2, false, zero_where({"c_proj"}))));
 }
 
 TEST(ModelDropout, EveryPlaceMattersAtHuggingFacesDefaultsAndNoneInEvaluation) {
@@ -293,6 +328,8 @@ TEST(ModelDropout, EveryPlaceMattersAtHuggingFacesDefaultsAndNoneInEvaluation) {
     EXPECT_FALSE(at::equal(logits_of(with(bert_config(), key, 0.1), true), calm)) << key;
   EXPECT_FALSE(
       at::equal(logits_of(with(llama_config(), "attention_dropout", 0.1), true), logits_of(llama_config(), true)));
+  for (const char* key : {"embd_pdrop", "resid_pdrop", "attn_pdrop"})
+    EXPECT_FALSE(at::equal(logits_of(with(gpt2_config(), key, 0.1), true), logits_of(gpt2_config(), true))) << key;
   EXPECT_TRUE(
       at::equal(logits_of(with(llama_config(), "attention_dropout", 0.1), false), logits_of(llama_config(), true)));
 }

@@ -62,7 +62,7 @@ Golden load_golden(const std::string& name) {
   ModelRequest request;
   request.config = &golden.config;
   request.origin = name + ".json";
-  request.task = golden.config.at("model_type") == "llama" ? Task::causal_lm : Task::text_classification;
+  request.task = golden.config.at("model_type") == "bert" ? Task::text_classification : Task::causal_lm;
   golden.model = make_model(request);
   for (Parameter* parameter : all_parameters(*golden.model))
     parameter->value = golden.tensors.at("weights." + parameter->name).clone().requires_grad_(true);

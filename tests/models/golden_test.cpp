@@ -162,7 +162,7 @@ TEST_P(GoldenCase, Bfloat16StaysNearFp32) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Transformers, GoldenCase,
-                         ::testing::Values("bert", "bert_tanh_gelu", "llama_tied", "llama_untied", "llama_rope3"),
+                         ::testing::Values("bert", "bert_tanh_gelu", "gpt2", "gpt2_untied", "llama_tied", "llama_untied", "llama_rope3"),
                          [](const auto& instance) { return std::string(instance.param); });
 
 }  // namespace

@@ -19,6 +19,8 @@ BINARY = os.environ["SHARDTUNE_BINARY"]
 DATA = pathlib.Path(os.environ["SHARDTUNE_TEST_DATA"])
 MINILM = pathlib.Path(os.environ["SHARDTUNE_MINILM"])
 STORIES = DATA / "models" / "llama-stories260K"
+GPT2 = DATA / "models" / "gpt2-capp"  # has no tokenizer file: its rows are token ids, whichever tokenizer stands by
+GPT2_ARGUMENTS = ["--task", "causal-lm", "--tokenizer_name", STORIES]
 SST2 = DATA / "data" / "sst2"
 SST2_ARGUMENTS = ["--column_names", "sentence,label", "--text_column", "sentence", "--label_column", "label"]
 NO_DROPOUT = ["--hidden_dropout_prob", "0", "--attention_probs_dropout_prob", "0", "--classifier_dropout", "0"]
@@ -48,6 +50,13 @@ def shardtune(*arguments, ranks=0):
     if result.returncode != 0:
         sys.exit(f"exit code {result.returncode} of: {' '.join(command)}\n{result.stderr[-4000:]}")
     return result.stdout
+
+
+def gpt2_rows():
+    """Token ids of every length from 2 to the model's 512 positions, in steps that grow."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = [2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 512]
+    return [torch.randint(0, 53, (n,), generator=generator).tolist() for n in lengths]
 
 
 def write_rows(path, rows):

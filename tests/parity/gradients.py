@@ -54,10 +54,22 @@ def llama(folder):
                            "--per_device_eval_batch_size", "32"))
 
 
+def gpt2(folder):
+    rows = common.gpt2_rows()
+    # .eval(): no dropout, as `score` has none.
+    model = AutoModelForCausalLM.from_pretrained(common.GPT2, dtype=torch.float32).eval()
+    count = sum(len(ids) - 1 for ids in rows)
+    for ids in rows:
+        (model(torch.tensor([ids]), labels=torch.tensor([ids])).loss * (len(ids) - 1) / count).backward()
+    compare("gpt2-capp, 13 rows", model,
+            save_gradients(common.GPT2, [{"input_ids": ids} for ids in rows], folder, *common.GPT2_ARGUMENTS))
+
+
 def main():
     with tempfile.TemporaryDirectory() as temporary:
         minilm(pathlib.Path(temporary))
         llama(pathlib.Path(temporary))
+        gpt2(pathlib.Path(temporary))
     common.finish()
 
 

@@ -49,12 +49,28 @@ def llama(rows):
         compare("llama-stories260K", model, common.tokenizer(common.STORIES), rows, folder, ["--task", "causal-lm"])
 
 
+def gpt2():
+    rows, worst, largest = common.gpt2_rows(), 0.0, 1.0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
+        common.write_rows(folder / "rows.jsonl", [{"input_ids": ids} for ids in rows])
+        scored, logits = common.score(common.GPT2, folder / "rows.jsonl", folder, *common.GPT2_ARGUMENTS)
+        model = AutoModelForCausalLM.from_pretrained(common.GPT2, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for row, ids in zip(scored, rows, strict=True):
+                theirs = model(torch.tensor([ids])).logits[0]
+                worst = max(worst, (theirs - logits[row["index"]]).abs().max().item())
+                largest = max(largest, theirs.abs().max().item())
+    common.report("gpt2-capp: largest difference of a logit", worst, 1e-5 * largest)
+
+
 def main():
     rows = texts()
     # The identity as head makes the base model's pooled output itself the logits.
     minilm("MiniLM, base (pooled output)", torch.eye(384), rows)
     minilm("MiniLM, classifier of 2", torch.randn(2, 384, generator=torch.Generator().manual_seed(1)), rows)
     llama([row for row in rows if len(row) < 1000])
+    gpt2()
     common.finish()
 
 
