@@ -40,7 +40,7 @@ BertConfig read_config(const ModelRequest& request) {
   BertConfig config{};
   config.vocab_size = in.integer("vocab_size", 30522);
   config.hidden_size = in.integer("hidden_size", 768);
-  config.num_layers = in.integer("num_hidden_layers", 12);
+  config.num_layers = in.num_layers("num_hidden_layers", 12);
   config.num_heads = in.integer("num_attention_heads", 12);
   config.intermediate_size = in.integer("intermediate_size", 3072);
   config.max_positions = in.integer("max_position_embeddings", 512);

@@ -20,9 +20,11 @@ bool ConfigReader::has(const char* key) const {
   return it != config_.end() && !it->is_null();
 }
 
-std::int64_t ConfigReader::integer(const char* key, std::int64_t fallback, std::int64_t minimum) const {
+std::int64_t ConfigReader::integer(const char* key, std::int64_t fallback, std::int64_t minimum,
+                                   std::int64_t maximum) const {
   const std::int64_t value = json_get_or<std::int64_t>(config_, key, fallback, origin_);
   if (value < minimum) refuse(fmt::format("'{}' is {}, it must be at least {}", key, value, minimum));
+  if (value > maximum) refuse(fmt::format("'{}' is {}, it must be at most {}", key, value, maximum));
   return value;
 }
 
@@ -90,7 +92,7 @@ std::vector<std::string> classification_labels(const ModelRequest& request) {
     if (labels.empty()) reader.refuse("'id2label' is empty");
     return labels;
   }
-  const std::int64_t count = reader.integer("num_labels", 2);
+  const std::int64_t count = reader.integer("num_labels", 2, 1, ConfigReader::kMaxLabels);
   for (std::int64_t id = 0; id < count; ++id) labels.push_back(fmt::format("LABEL_{}", id));
   return labels;
 }

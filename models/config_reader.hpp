@@ -22,8 +22,14 @@ class ConfigReader {
   bool has(const char* key) const;  // present and not null
   const std::string& origin() const { return origin_; }
 
-  // minimum: smaller values are refused.
-  std::int64_t integer(const char* key, std::int64_t fallback, std::int64_t minimum = 1) const;
+  // Values outside [minimum, maximum] are refused. The limits keep products of two sizes inside 64 bits, and a hostile
+  // file from making millions of layers or names.
+  static constexpr std::int64_t kMaxSize = (1LL << 31) - 1, kMaxLayers = 100'000, kMaxLabels = 1'000'000;
+  std::int64_t integer(const char* key, std::int64_t fallback, std::int64_t minimum = 1,
+                       std::int64_t maximum = kMaxSize) const;
+  std::int64_t num_layers(const char* key, std::int64_t fallback) const {
+    return integer(key, fallback, 1, kMaxLayers);
+  }
   double number(const char* key, double fallback) const;
   double positive(const char* key, double fallback) const;
   bool flag(const char* key, bool fallback) const;

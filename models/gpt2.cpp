@@ -41,7 +41,7 @@ Gpt2Config read_config(const ModelRequest& request) {
   Gpt2Config config{};
   config.vocab_size = in.integer("vocab_size", 50257);
   config.hidden_size = in.integer("n_embd", 768);
-  config.num_layers = in.integer("n_layer", 12);
+  config.num_layers = in.num_layers("n_layer", 12);
   config.num_heads = in.integer("n_head", 12);
   config.intermediate_size = in.integer("n_inner", 4 * config.hidden_size);
   config.max_positions = in.integer("n_positions", 1024);

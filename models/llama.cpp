@@ -58,13 +58,16 @@ LlamaConfig read_config(const ModelRequest& request) {
   config.vocab_size = in.integer("vocab_size", 32000);
   config.hidden_size = in.integer("hidden_size", 4096);
   config.intermediate_size = in.integer("intermediate_size", 11008);
-  config.num_layers = in.integer("num_hidden_layers", 32);
+  config.num_layers = in.num_layers("num_hidden_layers", 32);
   config.num_heads = in.integer("num_attention_heads", 32);
   config.num_kv_heads = in.integer("num_key_value_heads", config.num_heads);
   if (!in.has("head_dim") && config.hidden_size % config.num_heads != 0)
     in.refuse(fmt::format("hidden_size {} is not a multiple of num_attention_heads {} and head_dim is not given",
                           config.hidden_size, config.num_heads));
   config.head_size = in.integer("head_dim", config.hidden_size / config.num_heads, 2);
+  if (config.num_heads > ConfigReader::kMaxSize / config.head_size)
+    in.refuse(fmt::format("num_attention_heads {} x head_dim {} is more than {}", config.num_heads, config.head_size,
+                          ConfigReader::kMaxSize));
   if (config.head_size % 2 != 0) in.refuse(fmt::format("'head_dim' is {}, it must be even", config.head_size));
   if (config.num_heads % config.num_kv_heads != 0)
     in.refuse(fmt::format("num_attention_heads {} is not a multiple of num_key_value_heads {}", config.num_heads,

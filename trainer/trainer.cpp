@@ -9,6 +9,7 @@
 #include "core/error.hpp"
 #include "core/log.hpp"
 #include "core/memory.hpp"
+#include "distributed/parallel/gradient_norm.hpp"
 
 namespace shardtune {
 namespace {
@@ -86,8 +87,7 @@ Trainer::StepResult Trainer::train_step(const StepBatches& batches) {
               state_.scaler.scale());
   } else {
     state_.scaler.update(false);
-    double clip = 1.0;
-    if (settings_.max_grad_norm > 0) clip = std::min(1.0, settings_.max_grad_norm / (result.grad_norm + 1e-6));
+    const double clip = clip_factor(result.grad_norm, settings_.max_grad_norm);
     parts_.optimizer.step(result.learning_rate, clip / loss_scale, updates + 1);
   }
   parts_.engine.after_optimizer_step();

@@ -201,12 +201,6 @@ double ParallelEngine::grad_norm() {
   return gradient_norm(world(), trainable_);
 }
 
-void ParallelEngine::scale_gradients(double factor) {
-  expect(Phase::finished, "scale_gradients");
-  const at::NoGradGuard no_grad;
-  for (ShardedParameter* p : trainable_) p->gradient.mul_(factor);
-}
-
 void ParallelEngine::after_optimizer_step() {
   expect(Phase::finished, "after_optimizer_step");
   for (const auto& unit : units_) {

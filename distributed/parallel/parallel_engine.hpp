@@ -85,8 +85,6 @@ class ParallelEngine {
   void finish_step();
   // Collective; between finish_step() and after_optimizer_step(). L2 norm of all gradients, same bits everywhere.
   double grad_norm();
-  // Local. Multiplies the gradients in place (an optimizer may take the factor itself instead).
-  void scale_gradients(double factor);
   // Local. Frees the gradients; the compute copies are made anew from the masters, at once where these are whole, unit
   // by unit in the next forward pass where they are cut (zero1, zero2). Also for a skipped step.
   void after_optimizer_step();

@@ -257,6 +257,30 @@ TEST(RopeConfig, OtherTypesAreRefusedByName) {
       "partial_rotary_factor");
 }
 
+// Only refused if it is: building any of these would need the memory of a cluster, or forever.
+TEST(ConfigLimits, SizesThatNoMachineHoldsAreRefusedByName) {
+  constexpr std::int64_t kBeyond = 1LL << 31;
+  for (const char* key :
+       {"vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads"}) {
+    for (const json& config : {bert_config(), llama_config()}) {
+      expect_refused(with(config, key, kBeyond), fmt::format("'{}' is 2147483648", key));
+      expect_refused(with(config, key, std::int64_t{1} << 62), fmt::format("'{}' is 4611686018427387904", key));
+    }
+  }
+  for (const char* key : {"vocab_size", "n_embd", "n_inner", "n_positions", "n_head"})
+    expect_refused(with(gpt2_config(), key, kBeyond), fmt::format("'{}' is 2147483648", key));
+  expect_refused(with(gpt2_config(), "n_layer", 100'001), "'n_layer' is 100001");
+  expect_refused(with(bert_config(), "type_vocab_size", kBeyond), "'type_vocab_size' is 2147483648");
+  expect_refused(with(llama_config(), "num_key_value_heads", kBeyond), "'num_key_value_heads' is 2147483648");
+  expect_refused(with(llama_config(), "head_dim", kBeyond), "'head_dim' is 2147483648");
+  expect_refused(with(with(llama_config(), "head_dim", 1 << 20), "num_attention_heads", 1 << 20), "head_dim 1048576");
+  for (const json& config : {bert_config(), llama_config()})
+    expect_refused(with(config, "num_hidden_layers", 100'001), "'num_hidden_layers' is 100001");
+  json no_names = bert_config();
+  no_names.erase("id2label");
+  expect_refused(with(no_names, "num_labels", 1'000'001), "'num_labels' is 1000001");
+}
+
 // --- dropout
 // -----------------------------------------------------------------------------------------------------------
 
