@@ -7,6 +7,7 @@
 
 #include "core/error.hpp"
 #include "core/log.hpp"
+#include "trainer/schedule.hpp"
 
 namespace shardtune {
 namespace fs = std::filesystem;
@@ -91,23 +92,24 @@ fs::path find_resume_checkpoint(const TrainOptions& options, CheckpointStore& st
 
 std::string hf_trainer_state(const RunState& state, const RunOptions& options, std::int64_t max_steps, double epoch) {
   const bool has_best = state.best_step >= 0;
+  const TrainOptions& train = options.train;
   nlohmann::json json = {
       {"best_global_step", has_best ? nlohmann::json(state.best_step) : nlohmann::json()},
       {"best_metric", has_best ? nlohmann::json(state.best_metric) : nlohmann::json()},
       {"best_model_checkpoint", has_best ? nlohmann::json(fmt::format("{}/checkpoint-{}", options.train.output_dir, state.best_step))
                                          : nlohmann::json()},
       {"epoch", epoch},
-      {"eval_steps", options.train.eval_steps > 0 ? options.train.eval_steps : options.train.logging_steps},
+      {"eval_steps", resolve_interval(train.eval_steps > 0 ? train.eval_steps : train.logging_steps, max_steps)},
       {"global_step", state.step},
       {"is_hyper_param_search", false},
       {"is_local_process_zero", true},
       {"is_world_process_zero", true},
       {"log_history", state.log_history},
-      {"logging_steps", options.train.logging_steps},
+      {"logging_steps", resolve_interval(train.logging_steps, max_steps)},
       {"max_steps", max_steps},
       {"num_input_tokens_seen", state.tokens_seen},
       {"num_train_epochs", static_cast<std::int64_t>(std::ceil(options.train.num_train_epochs))},
-      {"save_steps", options.train.save_steps},
+      {"save_steps", resolve_interval(train.save_steps, max_steps)},
       {"stateful_callbacks", nlohmann::json::object()},
       {"total_flos", 0.0},
       {"train_batch_size", state.identity.per_device_train_batch_size},

@@ -4,7 +4,7 @@ import pathlib
 import tempfile
 
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainerState
 
 import common
 
@@ -14,7 +14,10 @@ def main():
         folder = pathlib.Path(temporary)
         common.shardtune("train", "--model_name_or_path", common.MINILM, "--task", "text-classification", "--train_file",
                          common.SST2 / "train.tsv", *common.SST2_ARGUMENTS, "--output_dir", folder / "run", "--bf16", "true",
-                         "--sharding", "zero3", "--max_steps", "5", "--save_strategy", "no", ranks=2)
+                         "--sharding", "zero3", "--max_steps", "5", "--save_steps", "5", "--logging_steps", "2", ranks=2)
+        state = TrainerState.load_from_json(folder / "run" / "checkpoint-5" / "trainer_state.json")
+        wrong = (state.global_step, state.max_steps, state.logging_steps, len(state.log_history)) != (5, 5, 2, 2)
+        common.report("trainer_state.json: wrong in transformers' TrainerState", int(wrong), 0)
         directory = folder / "run" / "model"
         model, info = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
         leftovers = sum(len(names) for names in info.values())
