@@ -4,6 +4,9 @@
 #include <string_view>
 #include <utility>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <fmt/format.h>
 
 #include "core/error.hpp"
@@ -36,6 +39,19 @@ InstructionSet choose_instruction_set(const char* requested) {
 InstructionSet instruction_set() {
   static const InstructionSet chosen = choose_instruction_set(std::getenv("SHARDTUNE_ISA"));
   return chosen;
+}
+
+HalfPrecision half_precision() {
+  HalfPrecision has;
+#if defined(__x86_64__)
+  // AVX-512 needs the operating system as well, which __builtin_cpu_supports asks; it does not know these two under
+  // every compiler. Processors with AMX have them too.
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__builtin_cpu_supports("avx512f")) return has;
+  if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0) has.has_bf16 = (eax >> 5 & 1U) != 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0) has.has_fp16 = (edx >> 23 & 1U) != 0;
+#endif
+  return has;
 }
 
 }  // namespace shardtune

@@ -18,6 +18,7 @@
 #include "distributed/parallel/sharding_plan.hpp"
 #include "trainer/build.hpp"
 #include "trainer/checkpointing.hpp"
+#include "trainer/precision_note.hpp"
 #include "trainer/commands.hpp"
 #include "trainer/stop_signal.hpp"
 #include "trainer/weights.hpp"
@@ -73,6 +74,7 @@ class TrainRun {
 
 int TrainRun::run() {
   check_same_options(options_, world_);
+  warn_of_slow_precision(options_.train);
   prepare_output_dir();
   find_run_to_resume();
   build_data_and_model();

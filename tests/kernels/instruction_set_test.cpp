@@ -3,7 +3,10 @@
 
 #include <cstdio>
 #include <filesystem>
+#include <fstream>
 #include <memory>
+#include <set>
+#include <sstream>
 
 #include <ATen/ATen.h>
 #include <fmt/format.h>
@@ -96,6 +99,19 @@ std::string run_under(const std::string& isa) {
   std::string output;
   for (int c = 0; pipe != nullptr && (c = std::fgetc(pipe.get())) != EOF;) output += static_cast<char>(c);
   return output;
+}
+
+TEST(HalfPrecision, IsWhatTheKernelOfTheSystemLists) {
+  std::ifstream cpuinfo("/proc/cpuinfo");
+  std::set<std::string> flags;
+  for (std::string line; std::getline(cpuinfo, line) && flags.empty();) {
+    if (!line.starts_with("flags")) continue;
+    std::istringstream words(line);
+    for (std::string word; words >> word;) flags.insert(word);
+  }
+  ASSERT_TRUE(flags.contains("fpu")) << "no flags found";
+  EXPECT_EQ(half_precision().has_bf16, flags.contains("avx512_bf16"));
+  EXPECT_EQ(half_precision().has_fp16, flags.contains("avx512_fp16"));
 }
 
 TEST(InstructionSet, DigestOfThisProcess) { std::printf("%s%s\n", kMark, digest_of_all_kernels().c_str()); }

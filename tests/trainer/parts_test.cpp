@@ -11,6 +11,7 @@
 #include "trainer/loss_scaler.hpp"
 #include "trainer/metrics.hpp"
 #include "trainer/observer.hpp"
+#include "trainer/precision_note.hpp"
 #include "trainer/run_state.hpp"
 #include "trainer/schedule.hpp"
 
@@ -91,6 +92,20 @@ TEST(MetricsWriter, DropsRecordsAfterTheResumedStepAndCutLines) {
   std::ifstream in(directory / "metrics.jsonl");
   std::string text((std::istreambuf_iterator<char>(in)), {});
   EXPECT_EQ(text, "{\"step\": 1}\n{\"step\": 2}\n{\"grad_norm\": null, \"loss\": 0.1, \"step\": 3}\n");
+}
+
+TEST(PrecisionNote, IsSaidWhereTheProcessorEmulatesWhatWasAskedFor) {
+  const auto note = [](bool bf16, bool fp16, const HalfPrecision& processor) {
+    TrainOptions train;
+    train.bf16 = bf16;
+    train.fp16 = fp16;
+    return slow_precision_note(train, processor);
+  };
+  EXPECT_NE(note(true, false, {}).find("--bf16 true: this processor has no bf16"), std::string::npos);
+  EXPECT_NE(note(false, true, {.has_bf16 = true}).find("--fp16 true: this processor has no fp16"), std::string::npos);
+  EXPECT_EQ(note(true, false, {.has_bf16 = true}), "");
+  EXPECT_EQ(note(false, true, {.has_fp16 = true}), "");
+  EXPECT_EQ(note(false, false, {}), "");
 }
 
 TEST(LoadedModel, ClassesWithoutNamesInTheConfigAreHuggingFacesDefaults) {
