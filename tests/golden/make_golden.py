@@ -116,7 +116,7 @@ CASES = {
     "bert": lambda: bert("bert"),
     "bert_tanh_gelu": lambda: bert("bert_tanh_gelu", hidden_act="gelu_new", layer_norm_eps=1e-5),
     "gpt2": lambda: gpt2("gpt2"),
-    "gpt2_untied": lambda: gpt2("gpt2_untied", tie_word_embeddings=False, n_inner=40, activation_function="relu",
+    "gpt2_untied": lambda: gpt2("gpt2_untied", tie_word_embeddings=False, n_inner=40, activation_function="gelu",
                                 scale_attn_by_inverse_layer_idx=True),
     "llama_tied": lambda: llama("llama_tied", tie_word_embeddings=True),
     "llama_untied": lambda: llama("llama_untied", head_dim=10, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-5),
