@@ -86,7 +86,7 @@ void add_logging_rows(OptionTable& table, TrainOptions& train) {
   table.add("checkpoint_staging_mb", train.checkpoint_staging_mb, "MiB per rank for copies of what training changes during a save");
   table.add("ranks_per_file", train.ranks_per_file, "ranks of one host that write one checkpoint file together");
   table.add("on_save_error", train.on_save_error, "continue|stop", "a failed save: go on and try the next one, or end the run");
-  table.add("save_total_limit", train.save_total_limit, "checkpoints to keep; 0 = all (the best one is always kept)");
+  table.add("save_total_limit", train.save_total_limit, "checkpoints to keep, the best among them; 0 = all");
   table.add("load_best_model_at_end", train.load_best_model_at_end, "export the best evaluated weights instead of the last; each new best is saved");
   table.add("metric_for_best_model", train.metric_for_best_model, "NAME", "default: loss");
   table.add("greater_is_better", train.greater_is_better, "default: true unless the metric's name ends in loss");

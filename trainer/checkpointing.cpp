@@ -1,7 +1,5 @@
 #include "trainer/checkpointing.hpp"
 
-#include <cmath>
-
 #include <ATen/core/grad_mode.h>
 #include <fmt/format.h>
 
@@ -90,15 +88,15 @@ fs::path find_resume_checkpoint(const TrainOptions& options, CheckpointStore& st
   return {};
 }
 
-std::string hf_trainer_state(const RunState& state, const RunOptions& options, std::int64_t max_steps, double epoch) {
+std::string hf_trainer_state(const RunState& state, const RunOptions& options, std::int64_t max_steps, std::int64_t steps_per_epoch) {
   const bool has_best = state.best_step >= 0;
   const TrainOptions& train = options.train;
   nlohmann::json json = {
       {"best_global_step", has_best ? nlohmann::json(state.best_step) : nlohmann::json()},
       {"best_metric", has_best ? nlohmann::json(state.best_metric) : nlohmann::json()},
-      {"best_model_checkpoint", has_best ? nlohmann::json(fmt::format("{}/checkpoint-{}", options.train.output_dir, state.best_step))
+      {"best_model_checkpoint", has_best ? nlohmann::json(fmt::format("{}/checkpoint-{}", train.output_dir, state.best_step))
                                          : nlohmann::json()},
-      {"epoch", epoch},
+      {"epoch", static_cast<double>(state.step) / static_cast<double>(steps_per_epoch)},
       {"eval_steps", resolve_interval(train.eval_steps > 0 ? train.eval_steps : train.logging_steps, max_steps)},
       {"global_step", state.step},
       {"is_hyper_param_search", false},
@@ -108,7 +106,7 @@ std::string hf_trainer_state(const RunState& state, const RunOptions& options, s
       {"logging_steps", resolve_interval(train.logging_steps, max_steps)},
       {"max_steps", max_steps},
       {"num_input_tokens_seen", state.tokens_seen},
-      {"num_train_epochs", static_cast<std::int64_t>(std::ceil(options.train.num_train_epochs))},
+      {"num_train_epochs", (max_steps + steps_per_epoch - 1) / steps_per_epoch},
       {"save_steps", resolve_interval(train.save_steps, max_steps)},
       {"stateful_callbacks", nlohmann::json::object()},
       {"total_flos", 0.0},

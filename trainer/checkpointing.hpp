@@ -26,6 +26,6 @@ nlohmann::json load_checkpoint(CheckpointStore& store, const std::filesystem::pa
 std::filesystem::path find_resume_checkpoint(const TrainOptions& options, CheckpointStore& store);
 
 // trainer_state.json as Hugging Face's TrainerState reads it.
-std::string hf_trainer_state(const RunState& state, const RunOptions& options, std::int64_t max_steps, double epoch);
+std::string hf_trainer_state(const RunState& state, const RunOptions& options, std::int64_t max_steps, std::int64_t steps_per_epoch);
 
 }  // namespace shardtune

@@ -199,8 +199,7 @@ StateView TrainRun::make_view(const RunState& state) {
   view.run = {{"step", state.step}, {"run_id", state.identity.run_id}, {"state", state.to_json()}, {"environment", describe_environment(options_)}};
   if (world_.rank() == 0) {
     for (auto& [name, content] : companion_files(*model_, source_)) view.side_files.push_back({name, content});
-    const double epoch = static_cast<double>(state.step) / static_cast<double>(settings_.steps_per_epoch);
-    view.side_files.push_back({"trainer_state.json", hf_trainer_state(state, options_, settings_.max_steps, epoch)});
+    view.side_files.push_back({"trainer_state.json", hf_trainer_state(state, options_, settings_.max_steps, settings_.steps_per_epoch)});
   }
   return view;
 }

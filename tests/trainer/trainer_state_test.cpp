@@ -62,6 +62,7 @@ TEST_F(TrainerState, HasTheFieldsOfHuggingFaceWithTheirTypes) {
   EXPECT_EQ(state.size(), integers.size() + others.size()) << state;
   EXPECT_EQ(state.at("global_step"), 8);
   EXPECT_EQ(state.at("max_steps"), 8);
+  EXPECT_EQ(state.at("num_train_epochs"), 1) << "what max_steps comes to, not the option";
   EXPECT_EQ(state.at("logging_steps"), 2);
   EXPECT_EQ(state.at("eval_steps"), 4);
   EXPECT_EQ(state.at("save_steps"), 4);
