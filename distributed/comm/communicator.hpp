@@ -61,6 +61,11 @@ class Communicator {
   // group's collectives work on without copies where the backend knows such memory (ranks of one node); elsewhere an
   // ordinary tensor, as here. Only speed depends on it. Made to be kept: one costs as much as many collectives.
   virtual at::Tensor make_buffer(std::int64_t numel, at::ScalarType dtype);
+  // Collective, blocks: one uninitialised tensor that all ranks of this group have in common, where the backend knows
+  // such memory (ranks of one node); elsewhere undefined, on every rank. What a rank writes into it the others see once
+  // a collective of this group that the writer called afterwards has completed on them; who overwrites what others read
+  // must know that they are done. It may outlive the group.
+  virtual at::Tensor make_shared(std::int64_t numel, at::ScalarType dtype);
   // Collective. Ranks of one colour form a group, ordered by (key, rank). Colours are >= 0.
   virtual std::unique_ptr<Communicator> split(int color, int key) = 0;
 };

@@ -41,6 +41,7 @@ class SelfCommunicator final : public Communicator {
     return {};
   }
   void barrier() override {}
+  at::Tensor make_shared(std::int64_t numel, at::ScalarType dtype) override { return make_buffer(numel, dtype); }
   std::unique_ptr<Communicator> split(int color, int /*key*/) override {
     check_split(color);
     return make_self_communicator();
@@ -52,6 +53,11 @@ class SelfCommunicator final : public Communicator {
 at::Tensor Communicator::make_buffer(std::int64_t numel, at::ScalarType dtype) {
   check_make_buffer(numel, dtype);
   return at::empty({numel}, dtype);
+}
+
+at::Tensor Communicator::make_shared(std::int64_t numel, at::ScalarType dtype) {
+  check_make_buffer(numel, dtype);
+  return {};
 }
 
 std::unique_ptr<Communicator> make_self_communicator() { return std::make_unique<SelfCommunicator>(); }

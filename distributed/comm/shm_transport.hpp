@@ -39,6 +39,7 @@ class ShmTransport final : public LayeredTransport {
   void all_reduce(std::byte* data, std::int64_t numel, const Reduction& reduction) override;
   void reduce_scatter(const std::byte* in, Counts numels, std::byte* out, const Reduction& reduction) override;
   std::shared_ptr<std::byte> make_buffer(std::int64_t bytes) override;
+  std::shared_ptr<std::byte> make_shared(std::int64_t bytes) override;
 
   static std::int64_t part_bytes(int size, std::int64_t slot_bytes);
 

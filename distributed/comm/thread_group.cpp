@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <condition_variable>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <mutex>
@@ -42,6 +43,7 @@ struct Group {
     int color = 0;
     int key = 0;
     std::shared_ptr<Group> part = nullptr;  // made by the first rank of each part
+    std::shared_ptr<std::byte> memory = nullptr;
   };
   Group(std::shared_ptr<Job> the_job, std::vector<int> ranks_of_job)
       : job(std::move(the_job)), members(std::move(ranks_of_job)), published(members.size()) {}
@@ -127,6 +129,21 @@ class ThreadTransport final : public Transport {
     const std::string error = difference(root, bytes);
     if (error.empty()) copy_bytes(data, at(root).send, bytes);
     release(error);
+  }
+
+  std::shared_ptr<std::byte> make_shared(std::int64_t bytes) override {
+    constexpr std::int64_t kAlignment = 64;
+    Group::Published mine;
+    if (rank_ == 0) {
+      const auto whole = static_cast<std::size_t>((bytes + kAlignment - 1) / kAlignment * kAlignment);
+      auto* memory = static_cast<std::byte*>(std::aligned_alloc(kAlignment, whole));
+      mine.memory = std::shared_ptr<std::byte>(memory, [](std::byte* data) { std::free(data); });
+    }
+    publish(std::move(mine));
+    std::shared_ptr<std::byte> memory = at(0).memory;
+    group_->release();
+    group_->published[static_cast<std::size_t>(rank_)].memory.reset();
+    return memory;
   }
 
   std::string describe() const override { return "threads"; }

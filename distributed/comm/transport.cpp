@@ -68,4 +68,6 @@ void Transport::reduce_scatter(const std::byte* in, Counts numels, std::byte* ou
 
 std::shared_ptr<std::byte> Transport::make_buffer(std::int64_t /*bytes*/) { return nullptr; }
 
+std::shared_ptr<std::byte> Transport::make_shared(std::int64_t /*bytes*/) { return nullptr; }
+
 }  // namespace shardtune

@@ -46,6 +46,9 @@ class Transport {
   // Memory of this rank that the group's operations reach without copies (the same size on every rank); null where
   // there is no such thing. It is valid as long as this pointer, also after the transport's end.
   virtual std::shared_ptr<std::byte> make_buffer(std::int64_t bytes);
+  // Memory that all ranks of the group have in common, on a page or at least a 64-byte boundary; null on every rank
+  // where there is no such thing. Valid as long as this pointer.
+  virtual std::shared_ptr<std::byte> make_shared(std::int64_t bytes);
 };
 
 // Equal slices for all but the last ranks, in multiples of 64 elements, so that no two ranks write one cache line.

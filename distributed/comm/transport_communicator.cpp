@@ -93,19 +93,30 @@ void TransportCommunicator::barrier() {
   submit(fingerprint_of(Operation::barrier), [](Transport& transport) { transport.barrier(); }).wait();
 }
 
-at::Tensor TransportCommunicator::make_buffer(std::int64_t numel, at::ScalarType dtype) {
-  check_make_buffer(numel, dtype);
+at::Tensor TransportCommunicator::make_tensor(Operation operation, Make make, std::int64_t numel,
+                                              at::ScalarType dtype) {
   const auto bytes = numel * static_cast<std::int64_t>(c10::elementSize(dtype));
   std::shared_ptr<std::byte> memory;
-  Fingerprint print = fingerprint_of(Operation::make_buffer);
+  Fingerprint print = fingerprint_of(operation);
   print.numel = bytes;
-  submit(print, [&memory, bytes](Transport& transport) {
-    if (bytes > 0) memory = transport.make_buffer(bytes);
+  submit(print, [&memory, make, bytes](Transport& transport) {
+    if (bytes > 0) memory = (transport.*make)(bytes);
   }).wait();
-  if (!memory) return Communicator::make_buffer(numel, dtype);
+  if (!memory) return {};
   void* data = memory.get();
   return at::from_blob(
       data, {numel}, [memory = std::move(memory)](void*) mutable { memory.reset(); }, dtype);
+}
+
+at::Tensor TransportCommunicator::make_buffer(std::int64_t numel, at::ScalarType dtype) {
+  check_make_buffer(numel, dtype);
+  const at::Tensor made = make_tensor(Operation::make_buffer, &Transport::make_buffer, numel, dtype);
+  return made.defined() ? made : Communicator::make_buffer(numel, dtype);
+}
+
+at::Tensor TransportCommunicator::make_shared(std::int64_t numel, at::ScalarType dtype) {
+  check_make_buffer(numel, dtype);
+  return make_tensor(Operation::make_shared, &Transport::make_shared, numel, dtype);
 }
 
 std::unique_ptr<Communicator> TransportCommunicator::split(int color, int key) {

@@ -27,6 +27,7 @@ class TransportCommunicator final : public Communicator {
   Work broadcast(at::Tensor tensor, int root) override;
   void barrier() override;
   at::Tensor make_buffer(std::int64_t numel, at::ScalarType dtype) override;
+  at::Tensor make_shared(std::int64_t numel, at::ScalarType dtype) override;
   std::unique_ptr<Communicator> split(int color, int key) override;
 
   // For tests. Collective: a part of this group's transport, made by `split` where operations run.
@@ -37,6 +38,9 @@ class TransportCommunicator final : public Communicator {
  private:
   template <class Operation>
   Work submit(operations::Fingerprint fingerprint, Operation operation);
+  // Undefined where the transport has no such memory.
+  using Make = std::shared_ptr<std::byte> (Transport::*)(std::int64_t);
+  at::Tensor make_tensor(operations::Operation operation, Make make, std::int64_t numel, at::ScalarType dtype);
 
   std::shared_ptr<Transport> transport_;
   std::shared_ptr<Executor> executor_;

@@ -274,6 +274,27 @@ void split_orders_by_key_and_works(Communicator& communicator) {
   parity->barrier();
 }
 
+void shared_memory_is_common_to_all_ranks(Communicator& communicator) {
+  const int size = communicator.size();
+  const std::int64_t numel = 5000;
+  at::Tensor shared = communicator.make_shared(size * numel, at::kLong);
+  const at::Tensor num_defined = at::full({1}, shared.defined() ? 1 : 0, at::kLong);
+  communicator.all_reduce(num_defined, ReduceOp::sum).wait();
+  const auto num = num_defined.item<std::int64_t>();
+  ASSERT_TRUE(num == 0 || num == size) << num;  // a backend has it or has not
+  if (!shared.defined()) return;
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(shared.const_data_ptr()) % 64, 0U);
+  for (int round = 0; round < 3; ++round) {
+    shared.narrow(0, communicator.rank() * numel, numel).fill_(100 * round + communicator.rank());
+    const at::Tensor word = at::zeros({1}, at::kLong);
+    communicator.all_reduce(word, ReduceOp::max).wait();
+    for (int rank = 0; rank < size; ++rank) {
+      EXPECT_TRUE(at::equal(shared.narrow(0, rank * numel, numel), at::full({numel}, 100 * round + rank, at::kLong)));
+    }
+    communicator.barrier();  // everybody has read
+  }
+}
+
 void bad_arguments_are_refused_before_anything_is_sent(Communicator& communicator) {
   const auto size = static_cast<std::size_t>(communicator.size());
   const Counts ones(size, 1);
@@ -293,6 +314,7 @@ void bad_arguments_are_refused_before_anything_is_sent(Communicator& communicato
   expect_internal_error("short in", [&] { communicator.reduce_scatter(one, at::zeros({total + 2}), ones).wait(); });
   expect_internal_error("aliased", [&] { communicator.all_to_all(all, ones, all, ones).wait(); });
   expect_internal_error("root", [&] { communicator.broadcast(one, communicator.size()).wait(); });
+  expect_internal_error("fp16", [&] { communicator.make_shared(3, at::kHalf); });
   expect_internal_error("colour", [&] { communicator.split(-1, 0); });
   communicator.barrier();  // the group is still in step
 }
@@ -308,6 +330,7 @@ void run_all(Communicator& communicator) {
   empty_tensors_pass(communicator);
   unwaited_operations_run_in_order(communicator);
   split_orders_by_key_and_works(communicator);
+  shared_memory_is_common_to_all_ranks(communicator);
   bad_arguments_are_refused_before_anything_is_sent(communicator);
 }
 

@@ -88,6 +88,20 @@ TEST(SharedMemoryRanks, AgreeOnBuffersWhereOneRankHasNothingToGive) {
   });
 }
 
+TEST(SharedMemoryRanks, HaveMemoryInCommonThatOutlivesTheGroup) {
+  run_layered(3, 3, 4096, [](Communicator& group) {
+    at::Tensor shared;
+    {
+      const auto part = group.split(0, 0);
+      shared = part->make_shared(7, at::kFloat);
+      ASSERT_TRUE(shared.defined());
+      if (part->rank() == 1) shared.fill_(3.0);
+      part->barrier();
+    }
+    EXPECT_EQ(shared[6].item<float>(), 3.0F);
+  });
+}
+
 TEST(SharedMemoryRanks, ReadFromDifferentBuffersAndAfterBuffersAreGone) {
   run_layered(2, 2, 4096, [](Communicator& group) {
     for (int i = 0; i < 4; ++i) {
