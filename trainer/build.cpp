@@ -64,6 +64,8 @@ ParallelOptions parallel_options(const TrainOptions& train, Communicator& world)
                           .reduce_dtype = train.reduce_dtype == "bf16" ? at::kBFloat16 : at::kFloat,
                           .recompute = {.every = train.gradient_checkpointing_every,
                                         .budget_bytes = train.activation_memory_budget << 20}};
+  if (train.share_frozen_weights) options.share_frozen_on_host = host_name();
+  if (train.ddp_bucket_cap_mb > 0) options.bucket_bytes = train.ddp_bucket_cap_mb << 20;
   if (train.gradient_checkpointing) {
     const bool is_selective = train.gradient_checkpointing_mode == "selective";
     options.recompute.mode = is_selective ? RecomputeMode::selective : RecomputeMode::full;

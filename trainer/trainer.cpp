@@ -180,10 +180,11 @@ void Trainer::log_memory() {
   constexpr double kMib = 1048576.0;
   log::all_ranks::warn(
       "most memory so far, MiB: masters {:.1f}, optimizer {:.1f}, compute copies {:.1f}, gradients {:.1f}, partial sums {:.1f}, "
-      "activations {:.1f}; all tensors {:.1f}, resident {:.1f}",
+      "buffers {:.1f}, activations {:.1f}; all tensors {:.1f}, resident {:.1f}",
       static_cast<double>(held.masters.peak()) / kMib, static_cast<double>(parts_.optimizer.state_bytes()) / kMib,
       static_cast<double>(held.compute.peak()) / kMib, static_cast<double>(held.gradients.peak()) / kMib,
-      static_cast<double>(held.partial_sums.peak()) / kMib, static_cast<double>(activation_bytes_) / kMib,
+      static_cast<double>(held.partial_sums.peak()) / kMib,
+      static_cast<double>(held.buffers.peak()) / kMib, static_cast<double>(activation_bytes_) / kMib,
       static_cast<double>(peak_tensor_bytes()) / kMib, static_cast<double>(peak_resident_bytes()) / kMib);
 }
 

@@ -25,9 +25,10 @@ class ByteCounter {
 
 struct MemoryUse {
   ByteCounter masters;       // fp32 master weights
-  ByteCounter compute;       // compute copies that are not aliases of masters, and the buffers of gathering them
-  ByteCounter gradients;     // packed and finished gradients, and the buffers of reducing them
-  ByteCounter partial_sums;  // of the canonical tree, between micro-batches
+  ByteCounter compute;       // compute copies of this rank alone that are not aliases of masters
+  ByteCounter gradients;     // finished gradients
+  ByteCounter partial_sums;  // of the canonical tree, and what is on its way into them
+  ByteCounter buffers;       // EngineBuffers; of what ranks have in common this rank's share
 };
 
 }  // namespace shardtune

@@ -9,6 +9,7 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include "core/error.hpp"
+#include "distributed/comm/exchange.hpp"
 #include "distributed/parallel/gradient_norm.hpp"
 
 namespace shardtune {
@@ -24,6 +25,12 @@ const ParallelOptions& checked(const ParallelOptions& options) {
     fail(ErrorKind::config,
          fmt::format("reduce dtype {} is not supported; use fp32 or bf16", c10::toString(options.reduce_dtype)));
   }
+  if (!options.share_frozen_on_host.empty() && options.plan.reshard_after_backward) {
+    fail(ErrorKind::config,
+         fmt::format("--share_frozen_weights: {} never keeps weights whole, a node has them once anyway; "
+                     "leave the option out, or use ddp, zero1 or zero2",
+                     options.plan.name));
+  }
   return options;
 }
 
@@ -32,6 +39,7 @@ const ParallelOptions& checked(const ParallelOptions& options) {
 ParallelEngine::ParallelEngine(std::vector<Unit*> units, Communicator& world, ParallelOptions options)
     : options_(checked(options)),
       grid_(world, options_.plan, options_.hsdp_shard_size),
+      buffers_(grid_, memory_.buffers),
       reducer_(context(), options_.probe),
       runner_({.recompute = options_.recompute, .reshard_after_forward = options_.plan.reshard_after_forward},
               [this](ShardUnit& unit) { complete(unit); }) {
@@ -48,13 +56,50 @@ ParallelEngine::ParallelEngine(std::vector<Unit*> units, Communicator& world, Pa
   if (trainable_.empty()) {
     fail(ErrorKind::config, "the model has no trainable parameter; unfreeze at least one before training");
   }
+  size_buffers();
   std::reverse(finish_order_.begin(), finish_order_.end());
   std::stable_partition(finish_order_.begin(), finish_order_.end(),
                         [](const ShardUnit* unit) { return !unit->unit().is_root; });
 }
 
 ShardContext ParallelEngine::context() {
-  return {grid_, options_.plan, options_.compute_dtype, options_.reduce_dtype, memory_};
+  return {grid_, options_.plan, options_.compute_dtype, options_.reduce_dtype, buffers_, memory_};
+}
+
+// Buckets: no larger than the largest unit needs, and as many under way as hold one non-root unit: its reduction is
+// then issued as a whole and runs while the next unit computes.
+void ParallelEngine::size_buffers() {
+  constexpr int kGatheredAtOnce = 3;  // see Note [When a copy may be overwritten]
+  std::int64_t largest = 0;           // a unit in fp32, in bytes, were all ranks' slices as large as the largest
+  std::int64_t largest_inner = 0;
+  std::int64_t root_copy = 0;
+  std::int64_t inner_copy = 0;
+  int num_roots = 0;
+  for (const auto& unit : units_) {
+    std::int64_t numel_of_rank = 0;
+    for (int rank = 0; rank < world().size(); ++rank) {
+      std::int64_t numel = 0;
+      for (const ShardedParameter& p : unit->parameters()) numel += p.layout.size(rank);
+      numel_of_rank = std::max(numel_of_rank, numel);
+    }
+    const std::int64_t bytes = (4 * numel_of_rank + 63) / 64 * 64 * world().size();
+    largest = std::max(largest, bytes);
+    if (!unit->unit().is_root) largest_inner = std::max(largest_inner, bytes);
+    std::int64_t& copy = unit->unit().is_root ? root_copy : inner_copy;
+    copy = std::max(copy, unit->shared_copy_bytes());
+    num_roots += unit->unit().is_root ? 1 : 0;
+  }
+  const std::int64_t bucket = std::min(options_.bucket_bytes, largest);
+  const auto in_flight = static_cast<int>((largest_inner + bucket - 1) / bucket);
+  buffers_.shards.set_size({bucket, std::max(2, in_flight)});
+  buffers_.replicas.set_size({bucket, std::max(2, in_flight)});
+  if (!options_.plan.reshard_after_backward) return;
+  const auto num_inner = static_cast<int>(units_.size()) - num_roots;
+  const int num_copies = options_.plan.reshard_after_forward ? kGatheredAtOnce : std::max(kGatheredAtOnce, num_inner);
+  buffers_.root_class = 0;
+  buffers_.unit_class = 1;
+  buffers_.has_copies =
+      buffers_.copies.make_class(root_copy, num_roots) && buffers_.copies.make_class(inner_copy, num_copies);
 }
 
 void ParallelEngine::weights_loaded() {
@@ -72,6 +117,14 @@ void ParallelEngine::weights_loaded() {
   }
   before->finish_refresh();
   for (const auto& unit : units_) unit->drop_frozen_masters();
+  if (!options_.share_frozen_on_host.empty()) share_frozen();
+}
+
+void ParallelEngine::share_frozen() {
+  const std::vector<std::string> hosts = all_gather_strings(world(), options_.share_frozen_on_host);
+  const auto first = std::find(hosts.begin(), hosts.end(), options_.share_frozen_on_host);
+  const auto node = world().split(static_cast<int>(first - hosts.begin()), 0);
+  for (const auto& unit : units_) unit->share_frozen(*node);
 }
 
 // What the forward pass has not brought up to date, in the order in which it would have been.
@@ -211,7 +264,8 @@ void ParallelEngine::after_optimizer_step() {
 }
 
 void ParallelEngine::reset_memory_peaks() noexcept {
-  for (ByteCounter* counter : {&memory_.masters, &memory_.compute, &memory_.gradients, &memory_.partial_sums}) {
+  for (ByteCounter* counter :
+       {&memory_.masters, &memory_.compute, &memory_.gradients, &memory_.partial_sums, &memory_.buffers}) {
     counter->reset_peak();
   }
 }

@@ -20,6 +20,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "distributed/parallel/memory_use.hpp"
@@ -36,6 +37,8 @@ struct ParallelOptions {
   // kFloat or kBFloat16: each micro-batch's gradients are rounded to it before they are summed (in fp32) and travel so;
   // sums of several micro-batches travel in fp32.
   at::ScalarType reduce_dtype = at::kFloat;
+  std::int64_t bucket_bytes = kDefaultBucketBytes;
+  std::string share_frozen_on_host = {};  // not empty: kept frozen weights exist once among ranks of the same name
   RecomputeOptions recompute = {};  // gradient checkpointing of the non-root units
   GradientProbe probe = {};         // tests only
 };
@@ -92,12 +95,15 @@ class ParallelEngine {
   const MemoryUse& memory() const noexcept { return memory_; }
   void reset_memory_peaks() noexcept;
   std::span<const std::unique_ptr<ShardUnit>> units() const noexcept { return units_; }
+  const EngineBuffers& buffers() const noexcept { return buffers_; }
 
  private:
   friend class EvaluationScope;
   enum class Phase { idle, in_step, in_micro_batch, finished };
 
   ShardContext context();
+  void size_buffers();
+  void share_frozen();
   void complete(ShardUnit& unit);
   void finish_ready_units();
   bool is_last_of_rank(std::int64_t round) const;
@@ -110,6 +116,7 @@ class ParallelEngine {
   ParallelOptions options_;
   RankGrid grid_;
   MemoryUse memory_;
+  EngineBuffers buffers_;
   std::vector<std::unique_ptr<ShardUnit>> units_;  // in the model's order
   std::vector<ShardedParameter*> parameters_;
   std::vector<ShardedParameter*> trainable_;

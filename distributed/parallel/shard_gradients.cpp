@@ -1,98 +1,125 @@
-// The gradients of a ShardUnit: out of autograd into the packed layout, and back as shards.
-#include <numeric>
+// The gradients of a ShardUnit: out of autograd into pieces for the ranks, and back as shards.
 #include <utility>
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include "core/error.hpp"
 #include "distributed/parallel/shard_unit.hpp"
 
 namespace shardtune {
 
-at::Tensor ShardUnit::pack_gradients() {
+Pieces ShardUnit::take_gradients() {
   const at::NoGradGuard no_grad;
-  at::Tensor packed = at::empty({std::accumulate(packed_counts_.begin(), packed_counts_.end(), std::int64_t{0})},
-                                context_.reduce_dtype);
-  std::vector<at::Tensor> gradients(parameters_.size());
-  for (std::size_t i = 0; i < parameters_.size(); ++i) {
-    at::Tensor& gradient = parameters_[i].parameter->value.mutable_grad();
-    if (!gradient.defined()) continue;
+  Pieces gradients;
+  for (const ShardedParameter& p : parameters_) {
+    if (!p.parameter->is_trainable) continue;
+    at::Tensor gradient = std::exchange(p.parameter->value.mutable_grad(), at::Tensor());
+    if (!gradient.defined()) gradient = at::zeros({p.parameter->numel()}, at::kFloat);
     check_internal(gradient.scalar_type() == at::kFloat, "ShardUnit: a gradient is not fp32");
-    gradients[i] = gradient.contiguous().view({-1});
-    gradient.reset();
+    gradients.push_back(gradient.contiguous().view({-1}));
   }
-  std::int64_t at_element = 0;
-  for (int rank = 0; rank < context_.grid.world().size(); ++rank) {
-    for (std::size_t i = 0; i < parameters_.size(); ++i) {
-      const ShardedParameter& p = parameters_[i];
-      const std::int64_t size = p.layout.size(rank);
-      if (!p.parameter->is_trainable || size == 0) continue;
-      at::Tensor part = packed.narrow(0, at_element, size);
-      at_element += size;
-      if (gradients[i].defined()) {
-        part.copy_(gradients[i].narrow(0, p.layout.begin(rank), size));
-      } else {
-        part.zero_();
-      }
-    }
-  }
-  return packed;
+  return gradients;
 }
 
 void ShardUnit::drop_gradients() {
   for (ShardedParameter& p : parameters_) p.parameter->value.mutable_grad().reset();
 }
 
-void ShardUnit::begin_gradients(at::Tensor own_part) {
+std::vector<Pieces> ShardUnit::slices_of_ranks(const Pieces& gradients) const {
+  std::vector<Pieces> slices(packed_counts_.size());
+  auto gradient = gradients.begin();
+  for (const ShardedParameter& p : parameters_) {
+    if (!p.parameter->is_trainable) continue;
+    for (int rank = 0; rank < context_.grid.world().size(); ++rank) {
+      slices[static_cast<std::size_t>(rank)].push_back(gradient->narrow(0, p.layout.begin(rank), p.layout.size(rank)));
+    }
+    ++gradient;
+  }
+  return slices;
+}
+
+std::vector<Pieces> ShardUnit::slices_of_shards(const Pieces& gradients) const {
+  std::vector<Pieces> slices(shard_counts_.size());
+  const std::vector<Pieces> of_ranks = slices_of_ranks(gradients);
+  for (std::size_t rank = 0; rank < of_ranks.size(); ++rank) {
+    Pieces& shard = slices[rank / static_cast<std::size_t>(context_.grid.num_replicas())];
+    shard.insert(shard.end(), of_ranks[rank].begin(), of_ranks[rank].end());
+  }
+  return slices;
+}
+
+void ShardUnit::begin_gradients(Pieces own_part, Pieces spare) {
   release_gradients();
   const int num_replicas = context_.grid.num_replicas();
-  own_gradients_ = std::move(own_part);
-  if (num_replicas == 1) {
-    packed_gradients_ = own_gradients_;
+  if (context_.grid.world().size() == 1) {
+    gradients_ = std::move(own_part);
+  } else if (!spare.empty()) {
+    gradients_ = std::move(spare);
   } else {
-    const auto first = packed_counts_.begin() + static_cast<std::ptrdiff_t>(context_.grid.shard()) * num_replicas;
-    const std::vector<std::int64_t> counts(first, first + num_replicas);
-    packed_gradients_ = at::empty({shard_counts_[static_cast<std::size_t>(context_.grid.shard())]}, at::kFloat);
-    gradient_work_ = context_.grid.replicas().all_gather(packed_gradients_, own_gradients_, counts);
+    const std::int64_t count = shard_counts_[static_cast<std::size_t>(context_.grid.shard())];
+    // With one replica the packed layout is the parameters one after another: nothing to rearrange.
+    const at::Tensor all = num_replicas == 1 ? own_part.front() : at::empty({count}, at::kFloat);
+    std::vector<std::int64_t> counts;
+    for (const ShardedParameter& p : parameters_) {
+      if (p.parameter->is_trainable) counts.push_back(p.master.numel());
+    }
+    gradients_ = split_bucket(all, counts);
   }
-  gradient_bytes_ = static_cast<std::int64_t>(packed_gradients_.nbytes());
+  gradient_bytes_ = num_elements(gradients_) * static_cast<std::int64_t>(sizeof(float));
   context_.memory.gradients.add(gradient_bytes_);
+  if (num_replicas == 1) return;
+  gradient_stream_ = gradient_stream(std::move(own_part));
+  gradient_stream_->start_all();
+}
+
+std::unique_ptr<BucketStream> ShardUnit::gradient_stream(Pieces own_part) {
+  Communicator& replicas = context_.grid.replicas();
+  const int num_replicas = replicas.size();
+  const int first_rank = context_.grid.shard() * num_replicas;
+  const auto first = packed_counts_.begin() + static_cast<std::ptrdiff_t>(first_rank);
+  const std::vector<std::int64_t> counts(first, first + num_replicas);
+  const std::int64_t per_rank = context_.buffers.replicas.numel_per_rank(at::kFloat);
+  std::vector<Pieces> results(counts.size());
+  auto gradient = gradients_.begin();
+  for (const ShardedParameter& p : parameters_) {
+    if (!p.parameter->is_trainable) continue;
+    for (int replica = 0; replica < num_replicas; ++replica) {
+      const int rank = first_rank + replica;
+      results[static_cast<std::size_t>(replica)].push_back(
+          gradient->narrow(0, p.layout.begin(rank) - p.master_offset, p.layout.size(rank)));
+    }
+    ++gradient;
+  }
+  BucketStream::Steps steps;
+  steps.start = [=, &replicas, part = std::move(own_part)](std::int64_t chunk, const at::Tensor& bucket) {
+    const std::vector<std::int64_t> in_chunk = counts_of_chunk(counts, chunk, per_rank);
+    const Pieces places = split_bucket(bucket.view(at::kFloat), in_chunk);
+    const at::Tensor& own = places[static_cast<std::size_t>(replicas.rank())];
+    copy_out(part, chunk * per_rank, own);
+    return replicas.all_gather(bucket.view(at::kFloat).narrow(0, 0, num_elements(places)), own, in_chunk);
+  };
+  steps.finish = [=, results = std::move(results)](std::int64_t chunk, const at::Tensor& bucket) {
+    const Pieces places = split_bucket(bucket.view(at::kFloat), counts_of_chunk(counts, chunk, per_rank));
+    for (std::size_t r = 0; r < places.size(); ++r) copy_in(results[r], chunk * per_rank, places[r]);
+  };
+  return std::make_unique<BucketStream>(context_.buffers.replicas, num_chunks(counts, per_rank), std::move(steps));
 }
 
 void ShardUnit::finish_gradients() {
-  const at::NoGradGuard no_grad;
-  gradient_work_.wait();
-  own_gradients_.reset();
-  // With one replica the packed layout is the parameters one after another: nothing to rearrange.
-  const int num_replicas = context_.grid.num_replicas();
-  const at::Tensor packed = std::exchange(packed_gradients_, at::Tensor());
-  const at::Tensor flat = num_replicas == 1 ? packed : at::empty_like(packed);
-  if (num_replicas > 1) context_.memory.gradients.add(gradient_bytes_);
-  std::int64_t at_element = 0;
+  if (gradient_stream_) gradient_stream_->finish();
+  gradient_stream_.reset();
+  auto gradient = gradients_.begin();
   for (ShardedParameter& p : parameters_) {
-    if (!p.parameter->is_trainable) continue;
-    p.gradient = flat.narrow(0, at_element, p.master.numel());
-    at_element += p.master.numel();
+    if (p.parameter->is_trainable) p.gradient = std::move(*gradient++);
   }
-  if (num_replicas == 1) return;
-  at_element = 0;
-  const int first_rank = context_.grid.shard() * num_replicas;
-  for (int rank = first_rank; rank < first_rank + num_replicas; ++rank) {
-    for (ShardedParameter& p : parameters_) {
-      const std::int64_t size = p.layout.size(rank);
-      if (!p.parameter->is_trainable || size == 0) continue;
-      p.gradient.narrow(0, p.layout.begin(rank) - p.master_offset, size).copy_(packed.narrow(0, at_element, size));
-      at_element += size;
-    }
-  }
-  context_.memory.gradients.subtract(gradient_bytes_);
+  gradients_.clear();
 }
 
 void ShardUnit::release_gradients() {
-  gradient_work_.wait();
-  own_gradients_.reset();
-  packed_gradients_.reset();
+  gradient_stream_.reset();
+  gradients_.clear();
   for (ShardedParameter& p : parameters_) p.gradient.reset();
   context_.memory.gradients.subtract(std::exchange(gradient_bytes_, 0));
 }

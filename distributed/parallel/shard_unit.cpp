@@ -1,6 +1,5 @@
 #include "distributed/parallel/shard_unit.hpp"
 
-#include <numeric>
 #include <utility>
 
 #include <ATen/core/grad_mode.h>
@@ -13,10 +12,6 @@
 
 namespace shardtune {
 namespace {
-
-std::int64_t sum(const std::vector<std::int64_t>& values) {
-  return std::accumulate(values.begin(), values.end(), std::int64_t{0});
-}
 
 // A view for raw writes: it shares the storage but neither the version counter nor the graph.
 at::Tensor raw_flat(const at::Tensor& tensor) { return tensor.variable_data().view({-1}); }
@@ -32,6 +27,16 @@ at::Tensor as_wire(const at::Tensor& tensor) {
 
 std::int64_t copy_bytes(const Parameter& parameter) {
   return parameter.numel() * static_cast<std::int64_t>(parameter.value.element_size());
+}
+
+// Kernels expect weights on 64-byte boundaries.
+std::int64_t place_bytes(const Parameter& parameter) { return (copy_bytes(parameter) + 63) / 64 * 64; }
+
+// Memory that belongs to somebody else, or none. See Note [Why storage is emptied, not swapped].
+void point_storage(const at::Tensor& tensor, void* data, std::int64_t bytes) {
+  c10::StorageImpl* storage = tensor.storage().unsafeGetStorageImpl();
+  storage->set_data_ptr_noswap({data, at::Device(at::kCPU)});
+  storage->set_nbytes(static_cast<std::size_t>(bytes));
 }
 
 }  // namespace
@@ -52,6 +57,20 @@ ShardUnit::ShardUnit(Unit& unit, const ShardContext& context) : unit_(unit), con
   }
   is_unsharded_ = !frees_storage();
   if (is_unsharded_) context_.memory.compute.add(copy_bytes_);
+}
+
+// Parameters outlive the unit, the memory that they point to does not.
+ShardUnit::~ShardUnit() {
+  if (copy_) reshard();
+  for (const ShardedParameter& p : parameters_) {
+    if (shared_frozen_.defined() && !p.parameter->is_trainable) point_storage(p.parameter->value, nullptr, 0);
+  }
+}
+
+std::int64_t ShardUnit::shared_copy_bytes() const noexcept {
+  std::int64_t bytes = 0;
+  for (const ShardedParameter& p : parameters_) bytes += place_bytes(*p.parameter);
+  return bytes;
 }
 
 void ShardUnit::create_storage(ShardedParameter& sharded) {
@@ -87,55 +106,97 @@ std::vector<std::int64_t> ShardUnit::counts_of_shards(bool trainable_only) const
 
 void ShardUnit::begin_gather(bool trainable_only) {
   const at::NoGradGuard no_grad;
-  const std::vector<std::int64_t> counts = counts_of_shards(trainable_only);
-  Gather gather{.trainable_only = trainable_only,
-                .own = at::empty({counts[static_cast<std::size_t>(context_.grid.shard())]}, context_.compute_dtype),
-                .all = {}};
-  std::int64_t at_element = 0;
+  Gather gather{.trainable_only = trainable_only};
+  EngineBuffers& buffers = context_.buffers;
+  if (frees_storage() && buffers.has_copies) {
+    gather.copy = buffers.copies.take(unit_.is_root ? buffers.root_class : buffers.unit_class);
+    fill_copy(*gather.copy);
+    gather.filling = buffers.copies.fill_done();
+  } else {
+    gather.stream = gather_stream(trainable_only);
+    gather.stream->start_some();
+  }
+  gather_ = std::move(gather);
+}
+
+// This rank's shards, straight out of the masters.
+void ShardUnit::fill_copy(std::size_t copy) {
+  std::int64_t at_byte = 0;
+  for (const ShardedParameter& p : parameters_) {
+    const at::Tensor bytes = context_.buffers.copies.memory(copy).narrow(0, at_byte, copy_bytes(*p.parameter));
+    bytes.view(context_.compute_dtype).narrow(0, p.master_offset, p.master.numel()).copy_(p.master);
+    at_byte += place_bytes(*p.parameter);
+  }
+}
+
+void ShardUnit::use_copy(std::size_t copy) {
+  auto* data = static_cast<std::byte*>(context_.buffers.copies.memory(copy).data_ptr());
+  for (const ShardedParameter& p : parameters_) {
+    point_storage(p.parameter->value, data, copy_bytes(*p.parameter));
+    data += place_bytes(*p.parameter);
+  }
+  copy_ = copy;
+}
+
+std::vector<Pieces> ShardUnit::weights_of_shards(bool trainable_only) const {
+  std::vector<Pieces> weights(static_cast<std::size_t>(context_.grid.num_shards()));
   for (const ShardedParameter& p : parameters_) {
     if (trainable_only && !p.parameter->is_trainable) continue;
-    gather.own.narrow(0, at_element, p.master.numel()).copy_(p.master);
-    at_element += p.master.numel();
+    const at::Tensor flat = raw_flat(p.parameter->value);
+    for (int shard = 0; shard < context_.grid.num_shards(); ++shard) {
+      weights[static_cast<std::size_t>(shard)].push_back(flat.narrow(0, p.shard_begin(shard), p.shard_numel(shard)));
+    }
   }
-  if (context_.grid.num_shards() == 1) {
-    gather.all = gather.own;
-  } else {
-    gather.all = at::empty({sum(counts)}, context_.compute_dtype);
-    gather.work = context_.grid.shards().all_gather(as_wire(gather.all), as_wire(gather.own), counts);
+  return weights;
+}
+
+std::unique_ptr<BucketStream> ShardUnit::gather_stream(bool trainable_only) {
+  Communicator& shards = context_.grid.shards();
+  const auto own = static_cast<std::size_t>(shards.rank());
+  const std::int64_t per_rank = context_.buffers.shards.numel_per_rank(context_.compute_dtype);
+  Pieces masters;
+  for (const ShardedParameter& p : parameters_) {
+    if (p.parameter->is_trainable || !trainable_only) masters.push_back(p.master);
   }
-  context_.memory.compute.add(static_cast<std::int64_t>(gather.all.nbytes()));
-  gather_ = std::move(gather);
+  const std::vector<std::int64_t> counts = counts_of_shards(trainable_only);
+  BucketStream::Steps steps;
+  steps.start = [=, &shards, dtype = context_.compute_dtype](std::int64_t chunk, const at::Tensor& bucket) {
+    const std::vector<std::int64_t> in_chunk = counts_of_chunk(counts, chunk, per_rank);
+    const Pieces places = split_bucket(bucket.view(dtype), in_chunk);
+    copy_out(masters, chunk * per_rank, places[own]);
+    const at::Tensor all = bucket.view(dtype).narrow(0, 0, num_elements(places));
+    return shards.all_gather(as_wire(all), as_wire(places[own]), in_chunk);
+  };
+  // The weights' storage may not exist before the first chunk has arrived.
+  auto weights = std::make_shared<std::vector<Pieces>>();
+  steps.finish = [=, this](std::int64_t chunk, const at::Tensor& bucket) {
+    if (weights->empty()) *weights = weights_of_shards(trainable_only);
+    const Pieces places = split_bucket(bucket.view(context_.compute_dtype), counts_of_chunk(counts, chunk, per_rank));
+    for (std::size_t shard = 0; shard < places.size(); ++shard) {
+      if (shard != own) copy_in((*weights)[shard], chunk * per_rank, places[shard]);
+    }
+  };
+  return std::make_unique<BucketStream>(context_.buffers.shards, num_chunks(counts, per_rank), std::move(steps));
 }
 
 void ShardUnit::finish_gather() {
   const at::NoGradGuard no_grad;
-  gather_->work.wait();
-  gather_->own.reset();
-  unpack(*gather_);
-  drop_gather();
-}
-
-void ShardUnit::unpack(const Gather& gather) {
-  std::vector<at::Tensor> flat;
-  for (const ShardedParameter& p : parameters_) flat.push_back(raw_flat(p.parameter->value));
-  std::int64_t at_element = 0;
-  for (int shard = 0; shard < context_.grid.num_shards(); ++shard) {
-    for (std::size_t i = 0; i < parameters_.size(); ++i) {
-      const ShardedParameter& p = parameters_[i];
-      const std::int64_t size = p.shard_numel(shard);
-      if (size == 0 || (gather.trainable_only && !p.parameter->is_trainable)) continue;
-      // Where a master is a part of its compute copy, it is there already (and a background save may be reading it).
-      const bool is_there = shard == context_.grid.shard() && p.master.is_alias_of(p.parameter->value);
-      if (!is_there) flat[i].narrow(0, p.shard_begin(shard), size).copy_(gather.all.narrow(0, at_element, size));
-      at_element += size;
-    }
+  gather_->stream->finish();
+  for (const ShardedParameter& p : parameters_) {
+    if (gather_->trainable_only && !p.parameter->is_trainable) continue;
+    // Where a master is a part of its compute copy, it is there already (and a background save may be reading it).
+    if (p.master.is_alias_of(p.parameter->value)) continue;
+    raw_flat(p.parameter->value).narrow(0, p.master_offset, p.master.numel()).copy_(p.master);
   }
+  gather_.reset();
 }
 
 void ShardUnit::drop_gather() {
   if (!gather_) return;
-  gather_->work.wait();
-  context_.memory.compute.subtract(static_cast<std::int64_t>(gather_->all.nbytes()));
+  if (gather_->copy) {
+    context_.buffers.copies.wait_until_filled(gather_->filling);
+    context_.buffers.copies.release(*gather_->copy);
+  }
   gather_.reset();
 }
 
@@ -146,20 +207,30 @@ void ShardUnit::begin_unshard() {
 void ShardUnit::unshard() {
   if (is_unsharded_) return;
   begin_unshard();
-  gather_->work.wait();  // before memory is taken for the result
-  if (frees_storage()) {
-    for (const ShardedParameter& p : parameters_) resize_storage(p.parameter->value, copy_bytes(*p.parameter));
-    context_.memory.compute.add(copy_bytes_);
+  if (gather_->copy) {
+    context_.buffers.copies.wait_until_filled(gather_->filling);
+    use_copy(*gather_->copy);
+    gather_.reset();
+  } else {
+    if (frees_storage()) {
+      for (const ShardedParameter& p : parameters_) resize_storage(p.parameter->value, copy_bytes(*p.parameter));
+      context_.memory.compute.add(copy_bytes_);
+    }
+    finish_gather();
   }
   is_unsharded_ = true;
-  finish_gather();
 }
 
 void ShardUnit::reshard() noexcept {
   if (!frees_storage() || !is_unsharded_) return;
+  is_unsharded_ = false;
+  if (copy_) {
+    for (const ShardedParameter& p : parameters_) point_storage(p.parameter->value, nullptr, 0);
+    context_.buffers.copies.release(*std::exchange(copy_, std::nullopt));
+    return;
+  }
   for (const ShardedParameter& p : parameters_) resize_storage(p.parameter->value, 0);
   context_.memory.compute.subtract(copy_bytes_);
-  is_unsharded_ = false;
 }
 
 void ShardUnit::begin_refresh() {
@@ -217,6 +288,33 @@ void ShardUnit::drop_frozen_masters() {
       p.master = raw_flat(p.parameter->value).narrow(0, p.master_offset, p.master.numel());
     }
   }
+}
+
+void ShardUnit::share_frozen(Communicator& node) {
+  check_internal(!frees_storage(), "ShardUnit: only weights that are kept whole can be shared");
+  const at::NoGradGuard no_grad;
+  std::int64_t num_bytes = 0;
+  for (const ShardedParameter& p : parameters_) num_bytes += p.parameter->is_trainable ? 0 : place_bytes(*p.parameter);
+  if (num_bytes == 0 || node.size() == 1 || shared_frozen_.defined()) return;
+  shared_frozen_ = node.make_shared(num_bytes, at::kByte);
+  if (!shared_frozen_.defined()) return;
+  MemoryUse& memory = context_.memory;
+  memory.buffers.add(num_bytes / node.size());
+  std::int64_t at_byte = 0;
+  for (const ShardedParameter& p : parameters_) {
+    if (p.parameter->is_trainable) continue;
+    const at::Tensor& value = p.parameter->value;
+    const at::Tensor place = shared_frozen_.narrow(0, at_byte, copy_bytes(*p.parameter));
+    at_byte += place_bytes(*p.parameter);
+    if (node.rank() == 0) place.view(context_.compute_dtype).copy_(raw_flat(value));
+    const bool is_fp32 = context_.compute_dtype == at::kFloat;
+    const std::int64_t in_master = is_fp32 ? static_cast<std::int64_t>(p.master.nbytes()) : 0;
+    memory.masters.subtract(in_master);
+    memory.compute.subtract(copy_bytes(*p.parameter) - in_master);
+    // Masters that are a part of the compute copy go with it: they have the same storage.
+    point_storage(value, place.data_ptr(), copy_bytes(*p.parameter));
+  }
+  node.barrier();
 }
 
 void ShardUnit::gather_masters() {

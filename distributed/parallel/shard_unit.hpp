@@ -1,12 +1,14 @@
 #pragma once
 // A unit of the model with the storage of its parameters: the grain of one gather and one reduction.
 //
-// Note [Why storage is resized, not swapped]
-// Autograd's saved tensors are views of a parameter's storage (a transposed weight, say). Freeing by resizing the
-// storage to 0 bytes and refilling the same storage keeps them valid between forward and backward. The data is written
-// through variable_data(), whose version counter is its own: param.copy_() would count as an in-place change of a saved
-// tensor.
+// Note [Why storage is emptied, not swapped]
+// Autograd's saved tensors are views of a parameter's storage (a transposed weight, say). Freeing by emptying the
+// storage (its memory is given back, or it points to nothing any more) and filling the same storage again keeps them
+// valid between forward and backward, wherever its memory then lies. The data is written through variable_data(), whose
+// version counter is its own: param.copy_() would count as an in-place change of a saved tensor.
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -14,7 +16,9 @@
 #include <c10/core/ScalarType.h>
 
 #include "distributed/comm/communicator.hpp"
+#include "distributed/parallel/engine_buffers.hpp"
 #include "distributed/parallel/memory_use.hpp"
+#include "distributed/parallel/packed_pieces.hpp"
 #include "distributed/parallel/rank_grid.hpp"
 #include "distributed/parallel/sharded_parameter.hpp"
 #include "distributed/parallel/sharding_plan.hpp"
@@ -28,6 +32,7 @@ struct ShardContext {
   const ShardingPlan& plan;
   at::ScalarType compute_dtype;
   at::ScalarType reduce_dtype;
+  EngineBuffers& buffers;
   MemoryUse& memory;
 };
 
@@ -40,13 +45,16 @@ class ShardUnit {
   ShardUnit(Unit& unit, const ShardContext& context);
   ShardUnit(const ShardUnit&) = delete;
   ShardUnit& operator=(const ShardUnit&) = delete;
+  ~ShardUnit();
 
   Unit& unit() const noexcept { return unit_; }
   std::vector<ShardedParameter>& parameters() noexcept { return parameters_; }
   const std::vector<ShardedParameter>& parameters() const noexcept { return parameters_; }
   bool has_trainable() const noexcept { return has_trainable_; }
+  std::int64_t shared_copy_bytes() const noexcept;  // what gathering through EngineBuffers::copies takes
 
-  // Fills the compute copies where the plan frees them or they are out of date: one all_gather over the shards.
+  // Fills the compute copies where the plan frees them or they are out of date: every rank casts its shards into a copy
+  // that the ranks have in common (EngineBuffers::copies), or, where there is none, an all_gather over the shards.
   // Collective unless the unit is unsharded already. begin_unshard() is optional and may be repeated.
   void begin_unshard();
   void unshard();
@@ -56,17 +64,19 @@ class ShardUnit {
   // Waits for a gather that was begun and nobody wanted, and drops it. Local.
   void drop_gather();
 
-  // Takes .grad of every trainable parameter away and returns them as one tensor of the reduce dtype in packed layout:
-  // for each rank of RankGrid::world(), for each trainable parameter, that rank's slice. A missing gradient counts as
-  // zero. Local.
-  at::Tensor pack_gradients();
+  // Takes .grad of every trainable parameter away, flat, in order. A missing gradient counts as zero. Local.
+  Pieces take_gradients();
   void drop_gradients();
+  // Views of what belongs to each rank of RankGrid::world(), and to each shard, in such gradients: the packed layout.
+  std::vector<Pieces> slices_of_ranks(const Pieces& gradients) const;
+  std::vector<Pieces> slices_of_shards(const Pieces& gradients) const;
   // Elements of the packed layout that belong to each rank, and to each shard.
   const std::vector<std::int64_t>& packed_counts() const noexcept { return packed_counts_; }
   const std::vector<std::int64_t>& shard_counts() const noexcept { return shard_counts_; }
-  // Sets ShardedParameter::gradient from this rank's part of a finished packed gradient: one all_gather over the
-  // replicas. Collective where there are several.
-  void begin_gradients(at::Tensor own_part);
+  // Sets ShardedParameter::gradient: from whole gradients, one tensor per trainable parameter, where there is one rank;
+  // else from one tensor, this rank's part of the packed layout, completed by an all_gather over the replicas.
+  // Collective where there are several. `spare`: whole gradients that may be overwritten with the result, or none.
+  void begin_gradients(Pieces own_part, Pieces spare);
   void finish_gradients();
   void release_gradients();
 
@@ -77,6 +87,9 @@ class ShardUnit {
   // Frozen parameters whose values fit into the compute dtype: that shard instead of the fp32 one, and none but the
   // compute copy where that is kept whole. Local.
   void drop_frozen_masters();
+  // Plans that keep compute copies whole: those of frozen parameters become one for all ranks of `node`, where the backend
+  // has memory in common. Collective over the node, after drop_frozen_masters().
+  void share_frozen(Communicator& node);
   // Compute copies that the plan keeps := masters. Collective where masters are cut.
   void begin_refresh();
   void finish_refresh();
@@ -85,18 +98,22 @@ class ShardUnit {
   void masters_changed();
 
  private:
-  struct Gather {
-    bool trainable_only = false;
-    at::Tensor own;  // this rank's shards, 1-d, compute dtype
-    at::Tensor all;  // of every shard in order
-    Work work = {};
+  struct Gather {  // through a copy, or through buckets
+    bool trainable_only;
+    std::optional<std::size_t> copy = {};
+    std::int64_t filling = 0;
+    std::unique_ptr<BucketStream> stream = {};
   };
   bool frees_storage() const noexcept { return context_.plan.reshard_after_backward; }
   void create_storage(ShardedParameter& parameter);
   std::vector<std::int64_t> counts_of_shards(bool trainable_only) const;
   void begin_gather(bool trainable_only);
+  std::unique_ptr<BucketStream> gather_stream(bool trainable_only);
+  std::vector<Pieces> weights_of_shards(bool trainable_only) const;  // views of the compute copies
   void finish_gather();
-  void unpack(const Gather& gather);
+  std::unique_ptr<BucketStream> gradient_stream(Pieces own_part);
+  void fill_copy(std::size_t copy);
+  void use_copy(std::size_t copy);
   void copy_masters(bool trainable_only);  // to compute copies; masters are whole
 
   Unit& unit_;
@@ -104,14 +121,16 @@ class ShardUnit {
   std::vector<ShardedParameter> parameters_;
   std::vector<std::int64_t> packed_counts_;
   std::vector<std::int64_t> shard_counts_;
-  std::optional<Gather> gather_;  // in flight
-  at::Tensor own_gradients_;      // in flight from begin_gradients() to finish_gradients()
-  at::Tensor packed_gradients_;
-  Work gradient_work_;
+  std::optional<Gather> gather_;     // in flight
+  std::optional<std::size_t> copy_;  // where the weights lie while unsharded, if in one of EngineBuffers::copies
+  // From begin_gradients() to finish_gradients():
+  Pieces gradients_;
+  std::unique_ptr<BucketStream> gradient_stream_;
+  at::Tensor shared_frozen_;  // bytes, see share_frozen()
   bool has_trainable_ = false;
   bool has_copies_ = false;  // some compute copy is not its master
   bool is_unsharded_ = false;
-  std::int64_t copy_bytes_ = 0;      // of the compute copies while they exist
+  std::int64_t copy_bytes_ = 0;      // of the compute copies while they exist in memory of this rank alone
   std::int64_t gradient_bytes_ = 0;  // held through set_gradients
 };
 

@@ -29,11 +29,6 @@ void cover(TreeNode node, LeafRange wanted, std::int64_t num_leaves, std::vector
   cover({node.level - 1, 2 * node.index + 1}, wanted, num_leaves, out);
 }
 
-// A view must not keep the buffer of everything that was received alive.
-at::Tensor own(const at::Tensor& tensor) {
-  return tensor.storage().nbytes() > tensor.nbytes() ? tensor.clone() : tensor;
-}
-
 }  // namespace
 
 std::int64_t num_leaves_under(TreeNode node, std::int64_t num_leaves) {
@@ -52,7 +47,7 @@ TreeAccumulator::TreeAccumulator(std::int64_t num_leaves) : num_leaves_(num_leav
   top_level_ = top_level(num_leaves);
 }
 
-void TreeAccumulator::add(TreeNode node, at::Tensor sum) {
+void TreeAccumulator::add(TreeNode node, Sum sum) {
   const at::NoGradGuard no_grad;
   check_internal(
       node.level >= 0 && node.level <= top_level_ && node.index >= 0 && (node.index << node.level) < num_leaves_,
@@ -66,26 +61,27 @@ void TreeAccumulator::add(TreeNode node, at::Tensor sum) {
       });
       if (found == nodes_.end()) break;
       const bool is_left = node.index < sibling;
-      at::Tensor left = is_left ? std::move(sum) : found->second;
-      const at::Tensor right = is_left ? found->second : std::move(sum);
+      Sum other = std::move(found->second);
       nodes_.erase(found);
-      sum = left.add_(right);
+      if (!is_left) sum.swap(other);
+      check_internal(sum.size() == other.size(), "TreeAccumulator: sums of different pieces");
+      for (std::size_t i = 0; i < sum.size(); ++i) sum[i].add_(other[i]);
     }
     node = {node.level + 1, node.index >> 1};
   }
   for (const Entry& entry : nodes_) {
     check_internal(!(entry.first == node), "TreeAccumulator: a node was added twice");
   }
-  nodes_.emplace_back(node, own(sum));
+  nodes_.emplace_back(node, std::move(sum));
 }
 
 bool TreeAccumulator::is_complete() const noexcept {
   return nodes_.size() == 1 && nodes_.front().first == TreeNode{top_level_, 0};
 }
 
-at::Tensor TreeAccumulator::take_root() {
+TreeAccumulator::Sum TreeAccumulator::take_root() {
   check_internal(is_complete(), "TreeAccumulator: a micro-batch is missing from the sum");
-  at::Tensor root = std::move(nodes_.front().second);
+  Sum root = std::move(nodes_.front().second);
   nodes_.clear();
   return root;
 }
@@ -99,7 +95,7 @@ std::vector<TreeAccumulator::Entry> TreeAccumulator::take_nodes() {
 
 std::int64_t TreeAccumulator::num_bytes() const noexcept {
   std::int64_t bytes = 0;
-  for (const Entry& entry : nodes_) bytes += static_cast<std::int64_t>(entry.second.nbytes());
+  for (const Entry& entry : nodes_) bytes += num_elements(entry.second) * static_cast<std::int64_t>(sizeof(float));
   return bytes;
 }
 

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include <ATen/core/Tensor.h>
+#include "distributed/parallel/packed_pieces.hpp"
 
 namespace shardtune {
 
@@ -27,15 +27,16 @@ std::vector<TreeNode> covering_nodes(std::int64_t begin, std::int64_t end, std::
 // Not thread-safe.
 class TreeAccumulator {
  public:
+  using Sum = Pieces;                                 // of the same sizes in every node
   explicit TreeAccumulator(std::int64_t num_leaves);  // >= 1
 
-  // `sum` (fp32) is given away and may be overwritten. It may be a view of a larger buffer: what has to be kept then is
-  // copied out of it. Error{internal} for a node outside of the tree or one that was added before.
-  void add(TreeNode node, at::Tensor sum);
+  // `sum` (fp32) is given away and may be overwritten. Error{internal} for a node outside of the tree or one that was
+  // added before.
+  void add(TreeNode node, Sum sum);
 
   bool is_complete() const noexcept;  // the root is there
-  at::Tensor take_root();             // Error{internal} unless complete; empties the accumulator
-  using Entry = std::pair<TreeNode, at::Tensor>;
+  Sum take_root();                    // Error{internal} unless complete; empties the accumulator
+  using Entry = std::pair<TreeNode, Sum>;
   std::vector<Entry> take_nodes();          // what is left unmerged, from left to right; empties the accumulator
   std::int64_t num_bytes() const noexcept;  // of the partial sums held
 

@@ -1,7 +1,7 @@
 #pragma once
 // Sums the gradients of a step's micro-batches over ranks in the canonical tree (tree_accumulator.hpp), so that the
-// result has the same bits for any number of ranks and any plan. Slices travel to their owners by all_to_all; the owner
-// merges siblings.
+// result has the same bits for any number of ranks and any plan. Slices travel to their owners in a TreeExchange; the
+// owner merges siblings. What a rank sums on its own stays where autograd left it.
 //   over the shards of a replica: plans that reduce every micro-batch send each round's leaves at once and keep
 //     shard-sized partial sums; plans that reduce once send the aligned subtrees of a rank's range after its last one;
 //   over the replicas of a shard: the aligned subtrees of each replica's range, once a step;
@@ -11,6 +11,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -18,11 +19,12 @@
 #include "distributed/parallel/round_schedule.hpp"
 #include "distributed/parallel/shard_unit.hpp"
 #include "distributed/parallel/tree_accumulator.hpp"
+#include "distributed/parallel/tree_exchange.hpp"
 
 namespace shardtune {
 
-// Test seam: sees (and may spoil) what leaves this rank for the owners.
-using GradientProbe = std::function<void(const std::string& unit_name, at::Tensor packed)>;
+// Test seam: sees (and may spoil) what leaves this rank for the owners: flat gradients, one per trainable parameter.
+using GradientProbe = std::function<void(const std::string& unit_name, const Pieces& gradients)>;
 
 // Not thread-safe. Collective calls: every rank makes them for the same units in the same order.
 class TreeReducer {
@@ -42,34 +44,38 @@ class TreeReducer {
 
  private:
   struct Exchange {
-    Work work;
-    at::Tensor out;               // the received parts, in rank order
-    std::vector<TreeNode> nodes;  // what they are
+    std::unique_ptr<TreeExchange> exchange;
     TreeAccumulator* into;
-    std::int64_t num_bytes;  // sent and received
   };
+  // Sums that a rank makes on its own are whole gradients, one tensor per parameter; what it received is one tensor,
+  // its part of the packed layout.
   struct UnitSums {
     explicit UnitSums(std::int64_t leaves) : local(leaves), shard(leaves), owned(leaves) {}
-    TreeAccumulator local;  // reduce-once plans with several shards: this rank's range, packed for all
-    TreeAccumulator shard;  // this rank's shard, over the replica's micro-batches
+    TreeAccumulator local;  // reduce-once plans with several shards: this rank's range, whole
+    TreeAccumulator shard;  // this rank's shard (whole where there is one), over the replica's micro-batches
     TreeAccumulator owned;  // this rank's slice, over all micro-batches
     std::vector<Exchange> exchanges;
+    Pieces spare;  // whole gradients that were sent, see ShardUnit::begin_gradients
     int stage = 0;
   };
   using Contributions = std::vector<std::optional<TreeNode>>;  // per rank of an axis: the node it sends, if any
   struct Axis {
-    Communicator& ranks;
-    std::vector<std::int64_t> counts;  // elements that go to each
+    TreeExchange::Axis ranks;
     std::vector<RoundSchedule::Range> ranges;
   };
 
   UnitSums& sums(ShardUnit& unit);
   Axis shard_axis(const ShardUnit& unit) const;
   Axis replica_axis(const ShardUnit& unit) const;
-  // `packed` is undefined exactly where contributions[own rank] is empty.
-  void issue(UnitSums& sums, TreeAccumulator& into, const Axis& axis, const at::Tensor& packed,
+  // `parts` is empty exactly where contributions[own rank] is.
+  void issue(UnitSums& sums, TreeAccumulator& into, const Axis& axis, std::vector<Pieces> parts,
              const Contributions& contributions);
-  void issue_subtrees(UnitSums& sums, TreeAccumulator& from, TreeAccumulator& into, const Axis& axis);
+  // What this rank has for each rank of the axis in one of its sums.
+  using Cut = std::function<std::vector<Pieces>(const Pieces& sum)>;
+  void issue_subtrees(UnitSums& sums, TreeAccumulator& from, TreeAccumulator& into, const Axis& axis, const Cut& cut);
+  void issue_over_shards(ShardUnit& unit, UnitSums& sums);
+  void issue_over_replicas(ShardUnit& unit, UnitSums& sums);
+  void round_leaves(const Pieces& gradients) const;
   void merge(UnitSums& sums);
   // Runs the unit's stages until something is under way (true) or the unit has its gradient (false).
   bool advance(ShardUnit& unit);

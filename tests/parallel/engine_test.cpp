@@ -148,7 +148,7 @@ TEST(Engine, EveryMicroBatchLeavesFromExactlyOneRank) {
     std::atomic<int> num_leaves = 0;
     ToyRun run{.plan = plan, .num_ranks = 4, .num_micro_batches = 7};
     run.make_probe = [&](int) -> GradientProbe {
-      return [&](const std::string& unit, const at::Tensor&) { num_leaves += unit == "root" ? 1 : 0; };
+      return [&](const std::string& unit, const Pieces&) { num_leaves += unit == "root" ? 1 : 0; };
     };
     gradients(run);
     EXPECT_EQ(num_leaves, 7) << plan;

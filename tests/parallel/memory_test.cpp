@@ -1,13 +1,16 @@
 // What the engine holds and what it frees: masters, compute copies, gradients, activations.
 #include <atomic>
+#include <map>
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
+#include "core/error.hpp"
 #include "core/memory.hpp"
 #include "distributed/comm/thread_group.hpp"
 #include "tests/parallel/toy_run.hpp"
+#include "tests/parallel/wrapping_communicator.hpp"
 
 namespace shardtune::toy {
 namespace {
@@ -36,17 +39,127 @@ TEST_P(Memory, UnderZero3AUnitsWeightsExistOnlyWhileItRuns) {
     };
     run_micro_batches(rank, run, 0);
     for (const Unit* unit : units) EXPECT_EQ(storage_bytes(*unit), 0) << unit->name;
-    EXPECT_EQ(rank.engine.memory().compute.current(), 0);
-    // Root and one unit, and the buffers of gathering one unit: never the whole model.
+    EXPECT_EQ(rank.engine.memory().compute.peak(), 0);
+    // Of the root and of three other units there is one copy for all ranks: never the whole model.
     std::int64_t largest = 0;
-    for (const Unit* unit : units) largest = std::max(largest, unit->is_root ? 0 : full_bytes(*unit));
-    EXPECT_LE(rank.engine.memory().compute.peak(), full_bytes(*units[0]) + 3 * largest);
+    for (const auto& unit : rank.engine.units()) {
+      if (!unit->unit().is_root) largest = std::max(largest, unit->shared_copy_bytes());
+    }
+    const std::int64_t copies = rank.engine.units()[0]->shared_copy_bytes() + 3 * largest;
+    const std::int64_t buckets = rank.engine.buffers().shards.num_made() * rank.engine.buffers().shards.bucket_bytes();
+    EXPECT_NEAR(rank.engine.memory().buffers.current(), copies / run.num_ranks + buckets, 16);
   });
   // 3 blocks x 3 ranks x 2 rounds, again when recomputed.
   EXPECT_EQ(num_inside, 18 * (GetParam() ? 2 : 1));
 }
 
 INSTANTIATE_TEST_SUITE_P(Checkpointing, Memory, testing::Bool());
+
+// Where the weights of a unit lie while it runs, by unit.
+std::map<std::string, const void*> places_of_weights(Rank& rank, const ToyRun& run) {
+  std::map<std::string, const void*> places;
+  rank.model.in_block = [&](const Unit& unit) { places[unit.name] = unit.parameters.front()->value.const_data_ptr(); };
+  run_micro_batches(rank, run, 0);
+  rank.engine.after_optimizer_step();
+  rank.model.in_block = nullptr;
+  return places;
+}
+
+TEST(Memory, UnderZero3TheRanksOfANodeComputeWithOneCopy) {
+  const ToyRun run{.plan = "zero3", .dtype = at::kBFloat16, .num_ranks = 3, .num_micro_batches = 3};
+  std::vector<std::map<std::string, const void*>> places(3);
+  run_thread_ranks(run.num_ranks, [&](Communicator& world) {
+    at::set_num_threads(1);
+    Rank rank(run, world);
+    places[static_cast<std::size_t>(world.rank())] = places_of_weights(rank, run);
+  });
+  EXPECT_EQ(places[0].size(), 3U);
+  EXPECT_EQ(places[1], places[0]);
+  EXPECT_EQ(places[2], places[0]);
+}
+
+TEST(Memory, NothingIsMadeToCommunicateThroughAfterTheFirstStep) {
+  for (const std::string& plan : all_plans()) {
+    for (const bool has_shared_memory : {false, true}) {
+      const ToyRun run{.plan = plan, .num_ranks = 4, .num_micro_batches = 6, .bucket_bytes = 4096};
+      run_thread_ranks(run.num_ranks, [&](Communicator& world) {
+        at::set_num_threads(1);
+        int num_made = 0;
+        CommunicatorHooks hooks;
+        hooks.has_shared_memory = has_shared_memory;
+        hooks.after = [&](const std::string& operation, const at::Tensor&) {
+          num_made += operation.starts_with("make_") ? 1 : 0;
+        };
+        WrappingCommunicator watched(world, hooks);
+        Rank rank(run, watched);
+        for (int step = 0; step < 4; ++step) {
+          const int num_before = num_made;
+          run_micro_batches(rank, run, step);
+          rank.engine.after_optimizer_step();
+          if (step > 0) {
+            EXPECT_EQ(num_made, num_before) << plan << " step " << step;
+          }
+        }
+        EXPECT_GT(num_made, 0) << plan;
+        EXPECT_EQ(rank.engine.memory().buffers.peak(), rank.engine.memory().buffers.current());
+      });
+    }
+  }
+}
+
+TEST(Memory, FrozenWeightsMayExistOnceAmongTheRanksOfANode) {
+  for (const std::string plan : {"ddp", "zero1", "zero2"}) {
+    for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+      const ToyRun run{
+          .frozen = Frozen::embeddings, .plan = plan, .dtype = dtype, .num_ranks = 4, .num_micro_batches = 4};
+      const Tensors wanted = reference_gradients(run.frozen, dtype, run.num_micro_batches);
+      std::vector<std::map<std::string, const void*>> places(4);
+      run_thread_ranks(run.num_ranks, [&](Communicator& world) {
+        at::set_num_threads(1);
+        ToyRun shared = run;
+        shared.share_frozen_on_host = world.rank() < 2 ? "a" : "b";
+        Rank rank(shared, world);
+        for (const Parameter* p : rank.model.parameters()) {
+          if (!p->is_trainable) places[static_cast<std::size_t>(world.rank())][p->name] = p->value.const_data_ptr();
+          EXPECT_TRUE(at::equal(p->value, initial_weight(*p).to(dtype))) << p->name;
+        }
+        run_micro_batches(rank, run, 0);
+        for (const ShardedParameter* p : rank.engine.trainable()) {
+          const at::Tensor whole = wanted.at(p->parameter->name).reshape({-1});
+          EXPECT_TRUE(at::equal(p->slice_of(p->gradient), whole.narrow(0, p->slice_offset(), p->slice_numel())));
+        }
+        const Rank unshared(run, world);
+        EXPECT_LT(rank.engine.memory().masters.current() + rank.engine.memory().compute.current(),
+                  unshared.engine.memory().masters.current() + unshared.engine.memory().compute.current());
+        world.barrier();  // nobody's memory goes while others look at it
+      });
+      EXPECT_GE(places[0].size(), 2U);
+      EXPECT_EQ(places[1], places[0]);
+      EXPECT_EQ(places[3], places[2]);
+      EXPECT_NE(places[2], places[0]);
+    }
+  }
+}
+
+TEST(Memory, ARankThatFailsDoesNotLeaveOthersWaitingForASharedCopy) {
+  for (const std::string plan : {"zero3", "zero3_kept"}) {
+    const ToyRun run{.plan = plan, .num_ranks = 3, .num_micro_batches = 3};
+    try {
+      run_thread_ranks(run.num_ranks, [&](Communicator& world) {
+        at::set_num_threads(1);
+        Rank rank(run, world);
+        rank.model.in_block = [&](const Unit& unit) {
+          if (world.rank() == 1 && unit.name == "block.1") fail(ErrorKind::numeric, "planted");
+        };
+        run_micro_batches(rank, run, 0);
+        ADD_FAILURE() << "rank " << world.rank() << " came to the end of the step";
+      });
+      ADD_FAILURE() << "nothing was thrown";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.kind(), ErrorKind::numeric);
+    }
+  }
+}
 
 TEST(Memory, MastersAreCutUnderEveryPlanButDdpAndOneFp32CopyServesBothPurposes) {
   for (const std::string& plan : all_plans()) {

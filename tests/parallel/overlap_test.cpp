@@ -14,14 +14,20 @@ namespace {
 using Events = std::vector<std::string>;
 
 // What rank 0 of two issues and computes in one step.
-Events events_of_a_step(ToyRun run, int num_earlier_steps = 0) {
+Events events_of_a_step(ToyRun run, int num_earlier_steps = 0, bool has_shared_memory = false) {
   run.num_ranks = 2;
   Events events;
   run_thread_ranks(2, [&](Communicator& world) {
     at::set_num_threads(1);
     const bool is_watched = world.rank() == 0;
     CommunicatorHooks hooks;
-    if (is_watched) hooks.before = [&](const std::string& operation, const at::Tensor&) { events.push_back(operation); };
+    hooks.has_shared_memory = has_shared_memory;
+    if (is_watched) {
+      hooks.before = [&](const std::string& operation, const at::Tensor&) {
+        const bool is_reduction = operation == "all_to_all" || operation == "reduce_scatter";
+        events.push_back(is_reduction ? "reduce" : operation);
+      };
+    }
     WrappingCommunicator watched(world, hooks);
     Rank rank(run, watched);
     for (int i = 0; i < num_earlier_steps; ++i) {
@@ -40,21 +46,28 @@ Events events_of_a_step(ToyRun run, int num_earlier_steps = 0) {
 
 TEST(Order, UnderZero3TheNextUnitIsGatheredBeforeAUnitComputes) {
   const Events events = events_of_a_step({.plan = "zero3", .checkpointing = true, .num_micro_batches = 2});
-  EXPECT_EQ(events, (Events{"all_gather", "all_gather",                                      // root, block 0
-                            "all_gather", "block.0", "all_gather", "block.1", "block.2",     // forward
-                            "all_gather", "all_gather", "block.2", "all_to_all",             // 2 again, 1; reduce 2
-                            "all_gather", "block.1", "all_to_all", "block.0", "all_to_all",  // 0; reduce 1, 0
-                            "all_to_all"}));                                                 // root
+  EXPECT_EQ(events, (Events{"all_gather", "all_gather",                                   // root, block 0
+                            "all_gather", "block.0", "all_gather", "block.1", "block.2",  // forward
+                            "all_gather", "all_gather", "block.2", "reduce",              // 2 again, 1; reduce 2
+                            "all_gather", "block.1", "reduce", "block.0", "reduce",       // 0; reduce 1, 0
+                            "reduce"}));                                                  // root
+}
+
+TEST(Order, ThroughSharedCopiesItIsTheSameWithoutAnythingMoreToWaitFor) {
+  const ToyRun run{.plan = "zero3", .checkpointing = true, .num_micro_batches = 2};
+  Events wanted = events_of_a_step(run);
+  std::replace(wanted.begin(), wanted.end(), std::string("all_gather"),
+               std::string("all_reduce"));  // "mine is written"
+  EXPECT_EQ(events_of_a_step(run, 0, /*has_shared_memory=*/true), wanted);
 }
 
 TEST(Order, UnderDdpNothingIsSentBeforeTheLastRoundAndThenUnitByUnit) {
   // The gradients of block 2 leave while block 1 is recomputed, its finished slices are gathered one unit later.
   const Events events = events_of_a_step({.plan = "ddp", .checkpointing = true, .num_micro_batches = 4});
-  EXPECT_EQ(events,
-            (Events{"block.0", "block.1",    "block.2",    "block.2",    "block.1",    "block.0",  // first round
-                    "block.0", "block.1",    "block.2",                                            // second, forward
-                    "block.2", "all_to_all", "block.1",    "all_to_all", "all_gather",             //
-                    "block.0", "all_to_all", "all_gather", "all_to_all", "all_gather", "all_gather"}));
+  EXPECT_EQ(events, (Events{"block.0", "block.1", "block.2",    "block.2", "block.1",    "block.0",  // first round
+                            "block.0", "block.1", "block.2",                                         // second, forward
+                            "block.2", "reduce",  "block.1",    "reduce",  "all_gather",             //
+                            "block.0", "reduce",  "all_gather", "reduce",  "all_gather", "all_gather"}));
 }
 
 TEST(Order, Zero1SendsOnceAStepAndZero2EveryRound) {
@@ -62,17 +75,17 @@ TEST(Order, Zero1SendsOnceAStepAndZero2EveryRound) {
     return std::count(events.begin(), events.end(), what);
   };
   const Events once = events_of_a_step({.plan = "zero1", .num_micro_batches = 8});
-  EXPECT_EQ(count(once, "all_to_all"), 4);
+  EXPECT_EQ(count(once, "reduce"), 4);
   EXPECT_EQ(count(once, "all_gather"), 0);  // new weights are gathered in the next step
   const Events often = events_of_a_step({.plan = "zero2", .num_micro_batches = 8});
-  EXPECT_EQ(count(often, "all_to_all"), 16);
+  EXPECT_EQ(count(often, "reduce"), 16);
   EXPECT_EQ(count(often, "all_gather"), 0);
 }
 
 TEST(Order, UnderZero1NewWeightsAreGatheredDuringTheNextForwardPass) {
   const Events events = events_of_a_step({.plan = "zero1", .num_micro_batches = 2}, /*num_earlier_steps=*/1);
   EXPECT_EQ(events, (Events{"all_gather", "all_gather", "all_gather", "block.0", "all_gather", "block.1", "block.2",
-                            "all_to_all", "all_to_all", "all_to_all", "all_to_all"}));
+                            "reduce", "reduce", "reduce", "reduce"}));
 }
 
 TEST(Order, WeightsThatAreKeptAfterTheForwardPassAreGatheredOnce) {

@@ -1,4 +1,6 @@
 // The parity matrix on thread ranks, and that it is able to fail.
+#include <atomic>
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
@@ -44,7 +46,33 @@ std::string name_of(const testing::TestParamInfo<int>& info) {
 INSTANTIATE_TEST_SUITE_P(Matrix, Parity, testing::Range(0, 6), name_of);
 
 // A planted bug per kind of communication: each must turn the comparison red under every plan that communicates so.
-enum class Bug { gradient_scaled, gradient_slice_lost, gather_bit_flipped, reduction_bit_flipped };
+enum class Bug { gradient_scaled, gradient_slice_lost, gather_bit_flipped, copy_bit_flipped, reduction_bit_flipped };
+
+void flip_sign(at::Tensor element) { element.neg_(); }
+
+// Spoils what rank 1 of 4 moves through its communicator.
+CommunicatorHooks spoiling_hooks(Bug bug, at::ScalarType dtype, std::int64_t own_element) {
+  CommunicatorHooks hooks;
+  hooks.has_shared_memory = bug != Bug::gather_bit_flipped;
+  struct Seen {
+    int num = 0;
+    std::vector<at::Tensor> copies;  // of gathered weights
+  };
+  const auto seen = std::make_shared<Seen>();
+  hooks.after = [=](const std::string& operation, const at::Tensor& out) {
+    if (operation == "make_shared") seen->copies.push_back(out);
+    const bool is_reduction = operation == "all_to_all" || operation == "reduce_scatter";
+    const bool is_hit = (bug == Bug::gather_bit_flipped && operation == "all_gather") ||
+                        (bug == Bug::reduction_bit_flipped && is_reduction);
+    if (!is_hit || out.scalar_type() != dtype || out.numel() < 1000 || ++seen->num != 4) return;
+    flip_sign(out.flatten()[out.abs().argmax().item<std::int64_t>()]);
+  };
+  hooks.before = [=](const std::string& operation, const at::Tensor&) {
+    if (bug != Bug::copy_bit_flipped || operation != "all_reduce" || seen->copies.empty() || seen->num++ > 0) return;
+    flip_sign(seen->copies.front().view(dtype)[own_element]);  // the root's is filled first
+  };
+  return hooks;
+}
 
 bool is_red(const ToyRun& base, const std::string& plan, Bug bug, const Tensors& wanted) {
   ToyRun run = base;
@@ -52,10 +80,14 @@ bool is_red(const ToyRun& base, const std::string& plan, Bug bug, const Tensors&
   run.num_ranks = 4;
   run.make_probe = [bug](int rank) -> GradientProbe {
     if (rank != 1) return nullptr;
-    if (bug == Bug::gradient_scaled) return [](const std::string&, at::Tensor packed) { packed.mul_(1.0F + 1e-3F); };
+    if (bug == Bug::gradient_scaled) {
+      return [](const std::string&, const Pieces& gradients) {
+        for (at::Tensor gradient : gradients) gradient.mul_(1.0F + 1e-3F);
+      };
+    }
     if (bug == Bug::gradient_slice_lost) {
-      return [](const std::string& unit, at::Tensor packed) {
-        if (unit == "block.1") packed.narrow(0, packed.numel() - 256, 256).zero_();
+      return [](const std::string& unit, const Pieces& gradients) {
+        if (unit == "block.1") gradients[2].narrow(0, gradients[2].numel() - 256, 256).zero_();
       };
     }
     return nullptr;
@@ -63,15 +95,12 @@ bool is_red(const ToyRun& base, const std::string& plan, Bug bug, const Tensors&
   bool is_different = false;
   run_thread_ranks(run.num_ranks, [&](Communicator& world) {
     CommunicatorHooks hooks;
-    int num_seen = 0;
-    hooks.after = [&](const std::string& operation, const at::Tensor& out) {
-      const bool is_hit = (bug == Bug::gather_bit_flipped && operation == "all_gather") ||
-                          (bug == Bug::reduction_bit_flipped && operation == "all_to_all");
-      if (!is_hit || out.scalar_type() != run.dtype || out.numel() < 1000 || ++num_seen != 4) return;
-      out.flatten()[out.abs().argmax().item<std::int64_t>()].neg_();  // a flipped sign
-    };
-    WrappingCommunicator spoiled(world, hooks);
-    Communicator& used = world.rank() == 1 ? static_cast<Communicator&>(spoiled) : world;
+    hooks.has_shared_memory = bug != Bug::gather_bit_flipped;
+    // In the first parameter's slice that this rank writes.
+    const BlockLayout table(initial_weight(*Model(run.frozen).parameters().front()).numel(), 4);
+    const std::int64_t own_element = table.begin(plan.starts_with("hsdp") ? 2 : 1) + 1;
+    if (world.rank() == 1) hooks = spoiling_hooks(bug, run.dtype, own_element);
+    WrappingCommunicator used(world, hooks);
     bool is_different_here = false;
     train_on_rank(run, used, [&](const ShardedParameter& p, const at::Tensor& master) {
       const at::Tensor whole = wanted.at(p.parameter->name).reshape({-1});
@@ -84,13 +113,45 @@ bool is_red(const ToyRun& base, const std::string& plan, Bug bug, const Tensors&
   return is_different;
 }
 
+// What the matrix above has no room for: gathering through buckets where there is no shared memory, and buckets so
+// small that every unit takes several.
+TEST(Parity, HoldsWithoutSharedMemoryAndInSmallBuckets) {
+  at::set_num_threads(1);
+  for (const ParityRow& row : parity_rows()) {
+    const Tensors wanted = train(row.base);
+    for (const std::string& plan : all_plans()) {
+      for (const bool has_shared_memory : {false, true}) {
+        for (const std::int64_t bucket_bytes : {std::int64_t{4096}, kDefaultBucketBytes}) {
+          ToyRun run = row.base;
+          run.plan = plan;
+          run.bucket_bytes = bucket_bytes;
+          run.num_ranks = has_shared_memory ? 3 : 4;
+          std::atomic<int> num_different = 0;
+          run_thread_ranks(run.num_ranks, [&](Communicator& world) {
+            CommunicatorHooks hooks;
+            hooks.has_shared_memory = has_shared_memory;
+            WrappingCommunicator used(world, hooks);
+            train_on_rank(run, used, [&](const ShardedParameter& p, const at::Tensor& got) {
+              const at::Tensor whole = wanted.at(p.parameter->name).reshape({-1});
+              if (!at::equal(got, whole.narrow(0, p.master_offset, got.numel()))) ++num_different;
+            });
+          });
+          EXPECT_EQ(num_different, 0) << run.describe() << " buckets " << bucket_bytes;
+        }
+      }
+    }
+  }
+}
+
 TEST(PlantedBug, TurnsTheMatrixRedUnderEveryPlan) {
   at::set_num_threads(1);
   const ToyRun base = parity_rows()[0].base;
   const Tensors wanted = train(base);
   for (const std::string& plan : all_plans()) {
-    for (const Bug bug :
-         {Bug::gradient_scaled, Bug::gradient_slice_lost, Bug::gather_bit_flipped, Bug::reduction_bit_flipped}) {
+    for (const Bug bug : {Bug::gradient_scaled, Bug::gradient_slice_lost, Bug::gather_bit_flipped,
+                          Bug::copy_bit_flipped, Bug::reduction_bit_flipped}) {
+      const bool has_copies = plan.starts_with("zero3") || plan.starts_with("hsdp");
+      if (bug == Bug::copy_bit_flipped && !has_copies) continue;
       EXPECT_TRUE(is_red(base, plan, bug, wanted)) << plan << " bug " << static_cast<int>(bug);
     }
   }

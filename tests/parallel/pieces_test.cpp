@@ -14,6 +14,7 @@
 #include "distributed/comm/thread_group.hpp"
 #include "distributed/parallel/block_layout.hpp"
 #include "distributed/parallel/gradient_norm.hpp"
+#include "distributed/parallel/packed_pieces.hpp"
 #include "distributed/parallel/rank_grid.hpp"
 #include "distributed/parallel/round_schedule.hpp"
 #include "distributed/parallel/sharding_plan.hpp"
@@ -78,10 +79,10 @@ TEST(TreeAccumulator, AnyOrderOfArrivalGivesTheBitsOfTheRecursiveTree) {
       TreeAccumulator tree(leaves);
       for (const std::int64_t i : order) {
         EXPECT_FALSE(tree.is_complete());
-        tree.add({0, i}, values[static_cast<std::size_t>(i)].clone());
+        tree.add({0, i}, {values[static_cast<std::size_t>(i)].clone()});
       }
       ASSERT_TRUE(tree.is_complete());
-      EXPECT_TRUE(at::equal(tree.take_root(), wanted)) << leaves << " leaves";
+      EXPECT_TRUE(at::equal(tree.take_root().front(), wanted)) << leaves << " leaves";
     }
   }
 }
@@ -91,7 +92,7 @@ TEST(TreeAccumulator, ASubrangeLeavesExactlyItsCoveringNodes) {
     for (std::int64_t begin = 0; begin <= leaves; ++begin) {
       for (std::int64_t end = begin; end <= leaves; ++end) {
         TreeAccumulator tree(leaves);
-        for (std::int64_t i = begin; i < end; ++i) tree.add({0, i}, at::ones({1}));
+        for (std::int64_t i = begin; i < end; ++i) tree.add({0, i}, {at::ones({1})});
         std::vector<TreeNode> held;
         for (const auto& [node, tensor] : tree.take_nodes()) held.push_back(node);
         EXPECT_EQ(held, covering_nodes(begin, end, leaves)) << begin << " " << end << " of " << leaves;
@@ -104,27 +105,32 @@ TEST(TreeAccumulator, LeavesInOrderHoldLogarithmicallyManyPartials) {
   TreeAccumulator tree(1000);
   std::int64_t peak = 0;
   for (std::int64_t i = 0; i < 1000; ++i) {
-    tree.add({0, i}, at::ones({1}));
+    tree.add({0, i}, {at::ones({1})});
     peak = std::max(peak, tree.num_bytes() / 4);
   }
-  EXPECT_EQ(tree.take_root().item<float>(), 1000.0F);
+  EXPECT_EQ(tree.take_root().front().item<float>(), 1000.0F);
   EXPECT_LE(peak, 10);
 }
 
-TEST(TreeAccumulator, KeepsNoLargerBufferAlive) {
+TEST(TreeAccumulator, AddsPieceByPieceAndInPlace) {
   TreeAccumulator tree(2);
-  tree.add({0, 0}, at::ones({1000}).narrow(0, 10, 20));
-  const auto nodes = tree.take_nodes();
-  EXPECT_EQ(nodes.front().second.storage().nbytes(), 80U);
+  const at::Tensor left = at::ones({3});
+  tree.add({0, 1}, {at::full({3}, 2.0F), at::full({2}, 5.0F)});
+  EXPECT_EQ(tree.num_bytes(), 20);
+  tree.add({0, 0}, {left, at::ones({2})});
+  const Pieces root = tree.take_root();
+  EXPECT_TRUE(root[0].is_same(left));
+  EXPECT_TRUE(at::equal(root[0], at::full({3}, 3.0F)));
+  EXPECT_TRUE(at::equal(root[1], at::full({2}, 6.0F)));
 }
 
 TEST(TreeAccumulator, RefusesWhatIsNoPartOfTheTree) {
   TreeAccumulator tree(5);
-  EXPECT_THROW(tree.add({0, 5}, at::ones({1})), Error);
-  EXPECT_THROW(tree.add({4, 0}, at::ones({1})), Error);
-  EXPECT_THROW(tree.add({0, -1}, at::ones({1})), Error);
-  tree.add({0, 2}, at::ones({1}));
-  EXPECT_THROW(tree.add({0, 2}, at::ones({1})), Error);
+  EXPECT_THROW(tree.add({0, 5}, {at::ones({1})}), Error);
+  EXPECT_THROW(tree.add({4, 0}, {at::ones({1})}), Error);
+  EXPECT_THROW(tree.add({0, -1}, {at::ones({1})}), Error);
+  tree.add({0, 2}, {at::ones({1})});
+  EXPECT_THROW(tree.add({0, 2}, {at::ones({1})}), Error);
   EXPECT_THROW(tree.take_root(), Error);
 }
 
@@ -287,6 +293,37 @@ TEST(GradientNorm, ClipFactorIsThatOfTorch) {
   EXPECT_EQ(clip_factor(0.5, 1.0), 1.0);
   EXPECT_DOUBLE_EQ(clip_factor(4.0, 1.0), 1.0 / (4.0 + 1e-6));
   EXPECT_EQ(clip_factor(4.0, 0.0), 1.0);
+}
+
+TEST(PackedPieces, AreCopiedAsIfTheyWereOneTensor) {
+  const at::Tensor whole = at::arange(20, at::kFloat);
+  const Pieces pieces = {whole.narrow(0, 0, 7), whole.narrow(0, 7, 0), whole.narrow(0, 7, 1), whole.narrow(0, 8, 12)};
+  EXPECT_EQ(num_elements(pieces), 20);
+  for (std::int64_t begin = 0; begin <= 20; ++begin) {
+    for (std::int64_t end = begin; end <= 20; ++end) {
+      const at::Tensor out = at::full({end - begin}, -1.0F);
+      copy_out(pieces, begin, out);
+      EXPECT_TRUE(at::equal(out, at::arange(begin, end, at::kFloat)));
+    }
+  }
+  copy_in(pieces, 5, at::full({4}, -1, at::kBFloat16));
+  EXPECT_EQ(whole.lt(0).nonzero().numel(), 4);
+  EXPECT_EQ(whole.narrow(0, 5, 4).sum().item<float>(), -4.0F);
+}
+
+TEST(PackedPieces, ChunksCoverEveryRanksPartOnce) {
+  const std::vector<std::int64_t> counts = {10, 0, 3, 7};
+  std::vector<std::int64_t> total(4, 0);
+  ASSERT_EQ(num_chunks(counts, 4), 3);
+  for (std::int64_t chunk = 0; chunk < 3; ++chunk) {
+    const std::vector<std::int64_t> in_chunk = counts_of_chunk(counts, chunk, 4);
+    for (std::size_t rank = 0; rank < 4; ++rank) {
+      EXPECT_LE(in_chunk[rank], 4);
+      total[rank] += in_chunk[rank];
+    }
+  }
+  EXPECT_EQ(total, counts);
+  EXPECT_EQ(num_chunks({0, 0}, 4), 1);
 }
 
 }  // namespace

@@ -71,8 +71,8 @@ TEST(PlantedBug, ADroppedSliceTurnsTheComparisonRed) {
     ToyRun run{
         .frozen = Frozen::positions, .plan = plan, .checkpointing = true, .num_ranks = 3, .num_micro_batches = 3};
     run.make_probe = [](int rank) {
-      return on_rank(rank, 1, [](const std::string& unit, at::Tensor packed) {
-        if (unit == "block.1") packed.narrow(0, packed.numel() - 256, 256).zero_();
+      return on_rank(rank, 1, [](const std::string& unit, const Pieces& gradients) {
+        if (unit == "block.1") gradients[2].narrow(0, gradients[2].numel() - 256, 256).zero_();
       });
     };
     EXPECT_NE(difference(gradients(run), wanted), "") << plan;
@@ -88,8 +88,8 @@ TEST(PlantedBug, AWrongScaleTurnsTheComparisonRed) {
     ToyRun run{
         .frozen = Frozen::positions, .plan = plan, .dtype = at::kBFloat16, .num_ranks = 2, .num_micro_batches = 2};
     run.make_probe = [](int rank) {
-      return on_rank(rank, 0, [](const std::string& unit, at::Tensor packed) {
-        if (unit == "root") packed.mul_(1.0F + 1e-6F);
+      return on_rank(rank, 0, [](const std::string& unit, const Pieces& gradients) {
+        if (unit == "root") gradients.front().mul_(1.0F + 1e-6F);
       });
     };
     EXPECT_NE(difference(gradients(run), wanted), "") << plan;
@@ -158,8 +158,8 @@ TEST(Training, AnOverflowOnOneRankIsSeenByAllRanks) {
     ToyRun run{.plan = plan, .dtype = at::kHalf, .num_ranks = 4, .num_micro_batches = 4, .loss_scale = 1024.0};
     run.make_probe = [](int rank) -> GradientProbe {
       if (rank != 2) return nullptr;
-      return [](const std::string& unit, at::Tensor packed) {
-        if (unit == "block.1") packed[7] = std::numeric_limits<float>::infinity();
+      return [](const std::string& unit, const Pieces& gradients) {
+        if (unit == "block.1") gradients.front()[7] = std::numeric_limits<float>::infinity();
       };
     };
     std::atomic<int> num_overflowed = 0;

@@ -81,6 +81,8 @@ ParallelOptions parallel_options(const ToyRun& run, int num_ranks) {
           .hsdp_shard_size = request.hsdp_shard_size,
           .compute_dtype = run.dtype,
           .reduce_dtype = run.reduce_dtype,
+          .bucket_bytes = run.bucket_bytes,
+          .share_frozen_on_host = run.share_frozen_on_host,
           .recompute = run.checkpointing ? RecomputeOptions{.mode = RecomputeMode::full} : run.recompute};
 }
 

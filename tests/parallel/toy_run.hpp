@@ -23,6 +23,8 @@ struct ToyRun {
   double max_grad_norm = 0.0;              // for train()
   std::int64_t num_distinct_steps = 1000;  // train() repeats the batches after so many steps
   at::ScalarType reduce_dtype = at::kFloat;
+  std::string share_frozen_on_host = {};
+  std::int64_t bucket_bytes = kDefaultBucketBytes;
   at::ScalarType state_dtype = at::kFloat;  // of AdamW's moments
   double loss_scale = 1.0;                  // a power of two; taken out again before the optimizer
   // Made on every rank; may return an empty probe.

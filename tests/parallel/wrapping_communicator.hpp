@@ -10,6 +10,7 @@
 namespace shardtune::toy {
 
 struct CommunicatorHooks {
+  bool has_shared_memory = true;  // false: as a backend without; the same on all ranks
   // `sent` may be changed: what leaves this rank is what the hook makes of it.
   std::function<void(const std::string& operation, at::Tensor sent)> before = [](const std::string&,
                                                                                  const at::Tensor&) {};
@@ -40,6 +41,16 @@ class WrappingCommunicator final : public Communicator {
     return wrap("broadcast", tensor, tensor, [&] { return inner_->broadcast(tensor, root); });
   }
   void barrier() override { inner_->barrier(); }
+  at::Tensor make_buffer(std::int64_t numel, at::ScalarType dtype) override {
+    at::Tensor made = inner_->make_buffer(numel, dtype);
+    hooks_.after("make_buffer", made);
+    return made;
+  }
+  at::Tensor make_shared(std::int64_t numel, at::ScalarType dtype) override {
+    at::Tensor made = hooks_.has_shared_memory ? inner_->make_shared(numel, dtype) : at::Tensor();
+    if (made.defined()) hooks_.after("make_shared", made);
+    return made;
+  }
   std::unique_ptr<Communicator> split(int color, int key) override {
     std::unique_ptr<Communicator> part = inner_->split(color, key);
     auto wrapped = std::make_unique<WrappingCommunicator>(*part, hooks_);

@@ -29,7 +29,8 @@ std::string train(RunOptions options, int num_ranks, const std::string& name, co
     toy::CommunicatorHooks hooks;
     if (!spoil || rank != 1) return hooks;
     hooks.before = [&spoil](const std::string& operation, const at::Tensor& sent) {
-      if (operation == "all_to_all" && sent.numel() > 0 && sent.is_floating_point()) spoil(sent);
+      const bool is_reduction = operation == "all_to_all" || operation == "reduce_scatter";
+      if (is_reduction && sent.numel() > 0 && sent.is_floating_point()) spoil(sent);
     };
     return hooks;
   });
