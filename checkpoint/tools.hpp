@@ -28,8 +28,9 @@ nlohmann::json export_safetensors(const std::filesystem::path& checkpoint_dir, c
 // "5GB" (10^9), "200MiB" (2^20), "4096": as Hugging Face reads sizes. Error{config} naming `option`.
 std::uint64_t parse_byte_size(const std::string& text, const char* option);
 
-// The weights of a Hugging Face directory (also one the HF Trainer saved: its pickles are not read) as
-// OUTPUT_DIR/checkpoint-0, names as in the file, converted to fp32. {"checkpoint", "tensors", "skipped": [no floats]}.
+// The weights of a Hugging Face directory (also one the HF Trainer saved: its pickles are refused and named) as
+// OUTPUT_DIR/checkpoint-0, names as in the file, converted to fp32. {"checkpoint", "tensors", "skipped": [no floats],
+// "refused_pickles": [...], "hint": what to do about them, where there are any}.
 nlohmann::json import_model(const std::filesystem::path& model_dir, const std::filesystem::path& output_dir);
 
 // The same checkpoint in OUTPUT_DIR, cut into `num_shards` files. Returns its path.

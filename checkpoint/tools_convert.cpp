@@ -29,6 +29,13 @@ bool is_model_companion(const std::string& name) {
          std::find(std::begin(kTokenizerFiles), std::end(kTokenizerFiles), name) != std::end(kTokenizerFiles);
 }
 
+// What PyTorch pickles: torch.save of the optimizer, the schedule, the random generators, the arguments.
+bool is_pickle(const fs::path& file) {
+  for (const char* extension : {".pt", ".pth", ".bin", ".pkl", ".ckpt"})
+    if (file.extension() == extension) return true;
+  return false;
+}
+
 // The stored type of the weights in config.json, where readers look for it.
 std::string with_dtype(const std::string& config, const std::string& dtype) {
   nlohmann::ordered_json json = nlohmann::ordered_json::parse(config, nullptr, false);
@@ -160,9 +167,13 @@ nlohmann::json import_model(const fs::path& model_dir, const fs::path& output_di
     what.tensors.push_back({name, "value", entry.shape});
     entries.push_back(std::move(entry));
   }
-  for (const auto& file : fs::directory_iterator(model_dir))
-    if (file.is_regular_file() && is_model_companion(file.path().filename().string()))
-      what.side_files.push_back({file.path().filename().string(), read_file(file.path())});
+  std::vector<std::string> pickles;
+  for (const auto& file : fs::directory_iterator(model_dir)) {
+    const std::string name = file.path().filename().string();
+    if (file.is_regular_file() && is_model_companion(name)) what.side_files.push_back({name, read_file(file.path())});
+    if (is_pickle(file.path())) pickles.push_back(name);
+  }
+  std::sort(pickles.begin(), pickles.end());
   std::sort(what.side_files.begin(), what.side_files.end(),
             [](const auto& a, const auto& b) { return a.name < b.name; });
   what.run = {
@@ -171,7 +182,11 @@ nlohmann::json import_model(const fs::path& model_dir, const fs::path& output_di
       write_checkpoint(output_dir, what, [&](std::size_t tensor, std::int64_t offset, const at::Tensor& into) {
         read_safetensors_slice(entries[tensor], offset, into);
       });
-  return {{"checkpoint", written.string()}, {"tensors", entries.size()}, {"skipped", skipped}};
+  nlohmann::json report{{"checkpoint", written.string()}, {"tensors", entries.size()}, {"skipped", skipped}, {"refused_pickles", pickles}};
+  if (!pickles.empty())
+    report["hint"] = "pickles can run any program when read, so they are not: the weights were taken, optimizer and schedule begin anew. "
+                     "Train from this checkpoint with --model_name_or_path and give learning rate and steps as options";
+  return report;
 }
 
 fs::path reshard_checkpoint(const fs::path& checkpoint_dir, const fs::path& output_dir, int num_shards) {

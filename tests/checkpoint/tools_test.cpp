@@ -173,6 +173,8 @@ TEST(Import, AModelDirectoryBecomesStepZeroAndComesOutAgain) {
   std::ofstream(dir / "model/optimizer.pt") << "a pickle, not to be touched";
   const nlohmann::json report = import_model(dir / "model", dir / "out");
   EXPECT_EQ(report["tensors"], kTensors.size());
+  EXPECT_EQ(report["refused_pickles"], nlohmann::json({"optimizer.pt"}));
+  EXPECT_NE(report["hint"].get<std::string>().find("--model_name_or_path"), std::string::npos);
   const fs::path imported = dir / "out/checkpoint-0";
   EXPECT_TRUE(verify_checkpoint(imported).empty());
   EXPECT_FALSE(fs::exists(imported / "optimizer.pt"));
@@ -189,6 +191,33 @@ TEST(Import, APickleIsRefusedWithAdvice) {
   EXPECT_NE(message_of(ErrorKind::data, [&] { import_model(dir / "model", dir / "out"); }).find("save_pretrained"),
             std::string::npos);
   EXPECT_FALSE(fs::exists(dir / "out"));
+}
+
+// A published checkpoint of the HF Trainer: weights, tokenizer and the pickles of optimizer, schedule and generators.
+TEST(Import, ATrainerCheckpointGivesItsWeightsAndItsPicklesAreRefusedByName) {
+  const char* root = std::getenv("SHARDTUNE_TEST_DATA");
+  if (root == nullptr) GTEST_SKIP() << "SHARDTUNE_TEST_DATA is not set";
+  const fs::path model = fs::path(root) / "models/bert-micro-nli-checkpoint-79";
+  TempDir dir;
+  const nlohmann::json report = import_model(model, dir / "out");
+  EXPECT_EQ(report["refused_pickles"], nlohmann::json({"optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin"}));
+  EXPECT_NE(report["hint"].get<std::string>().find("optimizer and schedule begin anew"), std::string::npos);
+  const fs::path imported = dir / "out/checkpoint-0";
+  EXPECT_TRUE(verify_checkpoint(imported).empty());
+  for (const char* pickle : {"optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin"})
+    EXPECT_FALSE(fs::exists(imported / pickle)) << pickle;
+  const auto entries = read_model_headers(model);
+  ASSERT_GE(entries.size(), 35u);
+  CheckpointReader reader(imported);
+  for (const auto& [name, entry] : entries) {
+    const ManifestTensor& tensor = reader.tensor(name, "value");
+    ASSERT_EQ(tensor.shape, entry.shape) << name;
+    const at::Tensor seen = at::empty({entry.numel()}, at::kFloat), wanted = at::empty({entry.numel()}, at::kFloat);
+    reader.read({{&tensor, 0, seen}});
+    read_safetensors_slice(entry, 0, wanted);
+    EXPECT_EQ(std::memcmp(seen.data_ptr(), wanted.data_ptr(), wanted.nbytes()), 0) << name;
+  }
+  EXPECT_EQ(read_file(imported / "tokenizer.json"), read_file(model / "tokenizer.json"));
 }
 
 TEST(Sizes, AreReadAsHuggingFaceDoes) {
