@@ -1,8 +1,10 @@
-// A rank killed at any moment: the job ends by itself in seconds, the newest committed checkpoint is whole, and the
-// resumed run (at another number of ranks) ends with the bits of an undisturbed one.
-// SHARDTUNE_KILLS sets the number of kills (20).
+// A kill storm: a random rank, or mpirun itself, is killed at random moments and at chosen steps of the commit
+// protocol; the job is started again with other ranks, plan and files until the run is done. Every start goes on from
+// the newest committed checkpoint, none is ever lost, and the end has the bits of an undisturbed run.
+// SHARDTUNE_KILLS (25) and SHARDTUNE_KILL_MINUTES (no limit) say how long; scripts/kill_storm is for hours of it.
 #include <signal.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <fstream>
@@ -14,6 +16,7 @@
 #include <gtest/gtest.h>
 
 #include "core/rng.hpp"
+#include "tests/fault/save_watch.hpp"
 #include "tests/support/job.hpp"
 #include "tests/support/tiny_run.hpp"
 
@@ -21,122 +24,206 @@ namespace shardtune {
 namespace {
 namespace fs = std::filesystem;
 using namespace testing_support;
+using Clock = std::chrono::steady_clock;
 
-constexpr int kStepsPerKill = 24;
+constexpr int kStepsPerLap = 300;
 constexpr double kSecondsToEnd = 20;
 
-std::string train_command(const RunOptions& options, int num_ranks, int num_steps) {
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+std::string train_command(const RunOptions& options, int num_ranks, const std::string& more) {
   return fmt::format(
-      "exec {} {} train --config_name {} --task text-classification --train_file {} --output_dir {} --sharding zero3 "
+      "exec {} {} train --config_name {} --task text-classification --train_file {} --output_dir {} "
       "--per_device_train_batch_size 4 --global_batch_size 12 --learning_rate 1e-3 --max_steps {} --save_steps 2 "
-      "--save_total_limit 2 --logging_steps 50 --num_threads 1 --gradient_checkpointing --log_level warn "
-      "--disable_tqdm --resume_from_checkpoint auto",
+      "--save_total_limit 2 --logging_steps 50 --num_threads 1 --log_level warn --disable_tqdm "
+      "--resume_from_checkpoint auto {}",
       mpirun_command(num_ranks), shardtune_binary(), options.model.config_name, options.data.train_file,
-      options.train.output_dir, num_steps);
+      options.train.output_dir, kStepsPerLap, more);
 }
 
-// What the output directory shows of the commit protocol: nothing, or how far a save has come.
-std::string visible_phase(const fs::path& output_dir) {
-  std::error_code ignored;
-  for (const auto& entry : fs::directory_iterator(output_dir, ignored)) {
-    if (!entry.path().filename().string().ends_with(".partial")) continue;
-    bool has_manifest = false, has_temporary = false, has_shard = false;
-    for (const auto& file : fs::directory_iterator(entry.path(), ignored)) {
-      const std::string name = file.path().filename().string();
-      has_manifest |= name.starts_with("manifest");
-      has_temporary |= name.ends_with(".tmp");
-      has_shard |= name.starts_with("shard");
-    }
-    if (has_manifest) return "save: writing the manifest";
-    if (has_temporary) return "save: writing files";
-    return has_shard ? "save: files written" : "save: begun";
+class Storm {
+ public:
+  Storm(RunOptions options, std::string expected, std::uint64_t seed)
+      : options_(std::move(options)),
+        expected_(std::move(expected)),
+        output_dir_(options_.train.output_dir),
+        random_(seed) {
+    for (const std::string& phase : protocol_steps()) hits_[phase] = 0;
   }
-  return "between saves";
-}
 
-// Steps of committed checkpoints, newest last.
-std::vector<int> committed_steps(const fs::path& output_dir) {
-  std::vector<int> steps;
-  std::error_code ignored;
-  for (const auto& entry : fs::directory_iterator(output_dir, ignored)) {
-    const std::string name = entry.path().filename().string();
-    if (name.starts_with("checkpoint-") && name.find('.') == std::string::npos) steps.push_back(std::stoi(name.substr(11)));
+  // One start of the job; `is_to_be_killed` or it may run to its end.
+  void start_once(bool is_to_be_killed);
+  // The run is done and its result right; the next start begins a new one.
+  bool has_ended_lap() const { return has_ended_lap_; }
+  bool has_hit_every_step() const {
+    return std::all_of(hits_.begin(), hits_.end(), [](const auto& hit) { return hit.second > 0; });
   }
-  std::sort(steps.begin(), steps.end());
-  return steps;
+  int kills() const { return kills_; }
+  int kills_in_saves() const;
+  std::string summary() const;
+
+ private:
+  std::string random_options(int num_ranks);
+  std::string wanted_phase();
+  std::string strike(Job& job, const SaveWatch& watch, bool& killed_mpirun);
+  void expect_nothing_lost(int newest_before);
+
+  const RunOptions options_;
+  const std::string expected_;
+  const fs::path output_dir_;
+  PhiloxStream random_;
+  std::map<std::string, int> hits_;
+  int kills_ = 0, kills_of_mpirun_ = 0, laps_ = 0, starts_ = 0;
+  double slowest_end_ = 0;
+  bool has_ended_lap_ = false;
+  const Clock::time_point begin_ = Clock::now();
+};
+
+// None of these may change a bit.
+std::string Storm::random_options(int num_ranks) {
+  return fmt::format("--sharding {} --ranks_per_file {} --async_save {} --gradient_checkpointing {}",
+                     random_.next_below(2) == 0 ? "ddp" : "zero3",
+                     1 + random_.next_below(static_cast<std::uint64_t>(num_ranks)), random_.next_below(4) != 0,
+                     random_.next_below(2) == 0);
 }
 
-// Waits until the job makes checkpoints, then for a random moment, or for a random moment of a save; kills one rank.
-// Returns the phase, empty when the job ended first.
-std::string kill_a_rank(Job& job, const fs::path& output_dir, PhiloxStream& random, bool aim_at_save) {
-  const std::vector<int> before = committed_steps(output_dir);
-  while (job.is_running() && committed_steps(output_dir) == before) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  std::this_thread::sleep_for(std::chrono::microseconds(random.next_below(200000)));
-  if (aim_at_save) {
-    while (job.is_running() && visible_phase(output_dir) == "between saves") {
+// Two of three kills aim at the step of the protocol that was hit least, the others at any moment.
+std::string Storm::wanted_phase() {
+  if (kills_ % 3 == 2) return "";
+  std::string wanted = protocol_steps().front();
+  for (const std::string& phase : protocol_steps())
+    if (hits_[phase] < hits_[wanted]) wanted = phase;
+  return wanted;
+}
+
+// Kills one process of the job and returns the phase it was killed in; empty when the job ended before.
+std::string Storm::strike(Job& job, const SaveWatch& watch, bool& killed_mpirun) {
+  const std::string wanted = wanted_phase();
+  if (wanted.empty()) {
+    const auto end = Clock::now() + std::chrono::microseconds(random_.next_below(1'500'000));
+    while (Clock::now() < end && job.is_running()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  } else {
+    // Saves may be too quick to be seen in a step: after a while any moment will do.
+    const auto end = Clock::now() + std::chrono::seconds(4);
+    while (watch.phase() != wanted && Clock::now() < end) {
+      if (!job.is_running()) return "";
     }
-    std::this_thread::sleep_for(std::chrono::microseconds(random.next_below(4000)));
   }
   const std::vector<pid_t> ranks = job.children("shardtune");
   if (ranks.empty()) return "";
-  const std::string phase = visible_phase(output_dir);
-  ::kill(ranks[random.next_below(ranks.size())], SIGKILL);
+  killed_mpirun = random_.next_below(5) == 0;
+  // The lowest pid is rank 0, which commits.
+  const bool takes_first = random_.next_below(2) == 0;
+  const pid_t victim =
+      takes_first ? *std::min_element(ranks.begin(), ranks.end()) : ranks[random_.next_below(ranks.size())];
+  // Held still, so that what is seen is what it was killed in.
+  stop_process(victim);
+  std::string phase = watch.phase();
+  if (killed_mpirun) {
+    ::kill(job.pid(), SIGKILL);
+    ::kill(victim, SIGCONT);
+  } else {
+    ::kill(victim, SIGKILL);
+  }
+  const auto killed_at = Clock::now();
+  const bool has_ended = job.wait(kSecondsToEnd).has_value() && wait_for_end(ranks, kSecondsToEnd);
+  EXPECT_TRUE(has_ended) << "the job did not end after a kill in phase '" << phase << "'";
+  for (const pid_t rank : ranks)
+    if (!has_ended) ::kill(rank, SIGKILL);
+  slowest_end_ = std::max(slowest_end_, seconds_since(killed_at));
   return phase;
 }
 
-TEST(Kill, AnyRankAtAnyMomentLosesNoCheckpointAndNoBit) {
+void Storm::expect_nothing_lost(int newest_before) {
+  const std::vector<int> steps = committed_steps(output_dir_);
+  if (newest_before < 0 && steps.empty()) return;
+  ASSERT_FALSE(steps.empty());
+  EXPECT_GE(steps.back(), newest_before) << "a committed checkpoint was lost";
+  const CommandResult verify = run_command(
+      fmt::format("{} checkpoint verify {}/checkpoint-{}", shardtune_binary(), output_dir_.string(), steps.back()));
+  ASSERT_EQ(verify.exit_code, 0) << verify.output;
+}
+
+void Storm::start_once(bool is_to_be_killed) {
+  if (has_ended_lap_) fs::remove_all(output_dir_);
+  has_ended_lap_ = false;
+  fs::create_directories(output_dir_);
+  const int num_ranks = 1 + static_cast<int>(random_.next_below(5));
+  const std::string more = random_options(num_ranks);
+  const std::vector<int> before = committed_steps(output_dir_);
+  const SaveWatch watch(output_dir_, kStepsPerLap);
+  const fs::path log = output_dir_.string() + ".log";
+  ++starts_;
+  Job job(train_command(options_, num_ranks, more), log);
+  bool killed_mpirun = false;
+  const std::string phase = is_to_be_killed ? strike(job, watch, killed_mpirun) : "";
+  if (!phase.empty()) {
+    ++kills_;
+    kills_of_mpirun_ += killed_mpirun ? 1 : 0;
+    ++hits_[phase];
+  }
+  const auto exit_code = job.wait(300);
+  ASSERT_TRUE(exit_code.has_value()) << "the job hangs";
+  ASSERT_TRUE(*exit_code == 0 || !phase.empty()) << "exit code " << *exit_code << " of " << num_ranks << " ranks, "
+                                                 << more << ": " << run_command("cat " + log.string()).output;
+  expect_nothing_lost(before.empty() ? -1 : before.back());
+  if (*exit_code != 0) return;
+  EXPECT_EQ(sha256_of(output_dir_ / "model/model.safetensors"), expected_) << "lap " << laps_;
+  ++laps_;
+  has_ended_lap_ = true;
+}
+
+int Storm::kills_in_saves() const {
+  int sum = 0;
+  for (const std::string& phase : protocol_steps()) sum += hits_.at(phase);
+  return sum;
+}
+
+std::string Storm::summary() const {
+  std::string text = fmt::format(
+      "{} kills ({} of mpirun, the others of a rank) in {} starts and {:.0f} s ({:.2f} s per kill); {} runs of {} "
+      "steps ended, all with the "
+      "bits of the undisturbed one; {} kills inside saves; slowest end of a job {:.1f} s\n\n| killed in | kills "
+      "|\n|---|---|\n",
+      kills_, kills_of_mpirun_, starts_, seconds_since(begin_), seconds_since(begin_) / std::max(1, kills_), laps_,
+      kStepsPerLap, kills_in_saves(), slowest_end_);
+  for (const auto& [phase, count] : hits_) text += fmt::format("| {} | {} |\n", phase, count);
+  return text;
+}
+
+TEST(Kill, AnyProcessAtAnyMomentLosesNoCheckpointAndNoBit) {
   const char* wanted = std::getenv("SHARDTUNE_KILLS");
-  const int num_kills = wanted != nullptr ? std::stoi(wanted) : 20;
-  const int num_steps = kStepsPerKill * num_kills;
+  const char* minutes = std::getenv("SHARDTUNE_KILL_MINUTES");
+  const char* seed_text = std::getenv("SHARDTUNE_KILL_SEED");
+  const int num_kills = wanted != nullptr ? std::stoi(wanted) : 25;
+  const double seconds = minutes != nullptr ? 60 * std::stod(minutes) : 1e12;
+  const std::uint64_t seed = seed_text != nullptr ? std::stoull(seed_text) : std::random_device{}();
+  std::printf("SHARDTUNE_KILL_SEED=%lu\n", seed);
   const fs::path directory = fresh_directory("kill");
   RunOptions options = make_tiny_run(directory, TinyFamily::bert);
   options.train.output_dir = (directory / "undisturbed").string();
-  const CommandResult undisturbed = run_command(train_command(options, 2, num_steps));
+  const CommandResult undisturbed = run_command(train_command(options, 2, "--sharding zero3"));
   ASSERT_EQ(undisturbed.exit_code, 0) << undisturbed.output;
   const std::string expected = sha256_of(directory / "undisturbed/model/model.safetensors");
 
   options.train.output_dir = (directory / "killed").string();
-  const fs::path output_dir = options.train.output_dir;
-  fs::create_directories(output_dir);
-  const std::uint64_t seed = std::random_device{}();
-  std::printf("seed %lu\n", seed);
-  PhiloxStream random(seed);
-  std::map<std::string, int> phases;
-  int kills = 0, kills_in_saves = 0;
-  double slowest_end = 0;
-  bool is_finished = false;
-  for (int start = 0; !is_finished && start < 3 * num_kills; ++start) {
-    Job job(train_command(options, 1 + start % 4, num_steps), directory / "log");
-    const std::vector<int> before = committed_steps(output_dir);
-    const std::string phase = kills < num_kills ? kill_a_rank(job, output_dir, random, kills % 2 == 0) : "";
-    const auto killed_at = std::chrono::steady_clock::now();
-    const auto exit_code = job.wait(phase.empty() ? 240 : kSecondsToEnd);
-    ASSERT_TRUE(exit_code.has_value()) << "the job did not end after a kill in phase '" << phase << "'";
-    if (!phase.empty()) {
-      ++kills;
-      ++phases[phase];
-      kills_in_saves += phase.starts_with("save") ? 1 : 0;
-      slowest_end = std::max(slowest_end, std::chrono::duration<double>(std::chrono::steady_clock::now() - killed_at).count());
-    }
-    is_finished = *exit_code == 0;
-    if (phase.empty() && !is_finished) FAIL() << "unexpected exit code " << *exit_code << ": " << run_command("cat " + (directory / "log").string()).output;
-    const std::vector<int> steps = committed_steps(output_dir);
-    ASSERT_FALSE(steps.empty());
-    if (!before.empty()) {
-      EXPECT_GE(steps.back(), before.back()) << "a committed checkpoint was lost";
-    }
-    const CommandResult verify =
-        run_command(fmt::format("{} checkpoint verify {}/checkpoint-{}", shardtune_binary(), output_dir.string(), steps.back()));
-    ASSERT_EQ(verify.exit_code, 0) << verify.output;
+  Storm storm(options, expected, seed);
+  const auto begin = Clock::now();
+  // A kill may miss the step it aims at, so a few more may be needed for the last of them.
+  const auto goes_on = [&] {
+    return seconds_since(begin) < seconds &&
+           (storm.kills() < num_kills || (!storm.has_hit_every_step() && storm.kills() < 4 * num_kills));
+  };
+  while (goes_on() && !HasFailure()) {
+    const int before = storm.kills();
+    storm.start_once(true);
+    if (storm.kills() / 50 != before / 50) std::printf("%s\n", storm.summary().c_str()), std::fflush(stdout);
   }
-  std::string summary = fmt::format("{} kills, {} inside saves, slowest end of a job {:.1f} s;", kills, kills_in_saves, slowest_end);
-  for (const auto& [phase, count] : phases) summary += fmt::format(" [{}: {}]", phase, count);
-  std::printf("%s\n", summary.c_str());
-  ASSERT_TRUE(is_finished) << summary;
-  EXPECT_EQ(kills, num_kills) << "the run ended before all kills: raise kStepsPerKill";
-  EXPECT_GE(4 * kills_in_saves, kills) << summary;
-  EXPECT_EQ(sha256_of(output_dir / "model/model.safetensors"), expected);
-  fs::remove_all(directory);
+  while (!storm.has_ended_lap() && !HasFailure()) storm.start_once(false);
+  std::printf("%s", storm.summary().c_str());
+  EXPECT_TRUE(storm.has_hit_every_step() || minutes != nullptr) << "a step of the protocol was never hit";
+  EXPECT_GE(4 * storm.kills_in_saves(), storm.kills());
+  if (!HasFailure()) fs::remove_all(directory);
 }
 
 }  // namespace

@@ -1,0 +1,134 @@
+#include "tests/fault/save_watch.hpp"
+
+#include <signal.h>
+
+#include <algorithm>
+#include <fstream>
+#include <optional>
+#include <system_error>
+#include <thread>
+
+#include <fmt/format.h>
+
+namespace shardtune::testing_support {
+namespace fs = std::filesystem;
+namespace {
+
+constexpr const char* kMade = "save: 1 directory made";
+constexpr const char* kWriting = "save: 2 shard being written";
+constexpr const char* kRenamed = "save: 3 shard renamed, no block table";
+constexpr const char* kTable = "save: 4 block table written";
+constexpr const char* kManifest = "save: 5 manifest being written";
+constexpr const char* kSealed = "save: 6 manifest written";
+constexpr const char* kCommitted = "save: 7 committed, latest is older";
+constexpr const char* kPruning = "save: 8 old checkpoint being removed";
+
+fs::file_time_type modification_time(const fs::path& file) {
+  std::error_code error;
+  const auto time = fs::last_write_time(file, error);
+  return error ? fs::file_time_type::min() : time;
+}
+
+// R: running, D: waiting for a disk, T: stopped, Z: a zombie; nothing when there is no such process.
+std::optional<char> process_state(pid_t process) {
+  std::ifstream stat(fmt::format("/proc/{}/stat", process));
+  std::string text;
+  if (!std::getline(stat, text)) return std::nullopt;
+  return text.at(text.rfind(')') + 2);
+}
+
+// How far the save in this *.partial directory is.
+const char* phase_of_partial(const fs::path& partial) {
+  bool has_manifest = false, has_manifest_tmp = false, has_table = false, has_shard = false, has_shard_tmp = false;
+  std::error_code ignored;
+  for (const auto& file : fs::directory_iterator(partial, ignored)) {
+    const std::string name = file.path().filename().string();
+    const bool is_shard = name.starts_with("shard");
+    has_manifest |= name == "manifest.json";
+    has_manifest_tmp |= name.starts_with("manifest") && name != "manifest.json";
+    has_table |= is_shard && name.ends_with(".xxh3");
+    has_shard |= is_shard && name.ends_with(".h5");
+    has_shard_tmp |= is_shard && name.ends_with(".h5.tmp");
+  }
+  if (has_manifest) return kSealed;
+  if (has_manifest_tmp) return kManifest;
+  if (has_table) return kTable;
+  if (has_shard) return kRenamed;
+  return has_shard_tmp ? kWriting : kMade;
+}
+
+}  // namespace
+
+const std::vector<std::string>& protocol_steps() {
+  static const std::vector<std::string> steps = {kMade,     kWriting, kRenamed,   kTable,
+                                                 kManifest, kSealed,  kCommitted, kPruning};
+  return steps;
+}
+
+std::vector<int> committed_steps(const fs::path& output_dir) {
+  std::vector<int> steps;
+  std::error_code ignored;
+  for (const auto& entry : fs::directory_iterator(output_dir, ignored)) {
+    const std::string name = entry.path().filename().string();
+    if (name.starts_with("checkpoint-") && name.find('.') == std::string::npos)
+      steps.push_back(std::stoi(name.substr(11)));
+  }
+  std::sort(steps.begin(), steps.end());
+  return steps;
+}
+
+SaveWatch::SaveWatch(fs::path output_dir, int last_step)
+    : output_dir_(std::move(output_dir)),
+      last_step_(last_step),
+      newest_before_([&] {
+        const auto steps = committed_steps(output_dir_);
+        return steps.empty() ? -1 : steps.back();
+      }()),
+      config_before_(modification_time(output_dir_ / "resolved.cfg")) {}
+
+std::string SaveWatch::phase() const {
+  // What an earlier job left behind is swept away before the configuration is written.
+  if (modification_time(output_dir_ / "resolved.cfg") == config_before_) return "starting or resuming";
+  fs::path partial;
+  int newest = -1;
+  bool is_deleting = false;
+  std::error_code ignored;
+  for (const auto& entry : fs::directory_iterator(output_dir_, ignored)) {
+    const std::string name = entry.path().filename().string();
+    if (!name.starts_with("checkpoint-")) continue;
+    if (name.ends_with(".partial"))
+      partial = entry.path();
+    else if (name.ends_with(".deleting"))
+      is_deleting = true;
+    else if (name.find('.') == std::string::npos)
+      newest = std::max(newest, std::stoi(name.substr(11)));
+  }
+  if (is_deleting) return kPruning;
+  if (!partial.empty()) return phase_of_partial(partial);
+  std::string latest;
+  std::getline(std::ifstream(output_dir_ / "latest") >> std::ws, latest);
+  if (newest > newest_before_ && latest != fmt::format("checkpoint-{}", newest)) return kCommitted;
+  return newest == last_step_ ? "ending" : "training, no save under way";
+}
+
+void stop_process(pid_t process) {
+  ::kill(process, SIGSTOP);
+  for (int i = 0; i < 100; ++i) {
+    const auto state = process_state(process);
+    if (!state || *state == 'T' || *state == 'Z') return;
+    std::this_thread::sleep_for(std::chrono::microseconds(200));
+  }
+}
+
+bool wait_for_end(const std::vector<pid_t>& processes, double seconds) {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+  for (const pid_t process : processes) {
+    for (auto state = process_state(process); state && *state != 'Z'; state = process_state(process)) {
+      if (std::chrono::steady_clock::now() > deadline) return false;
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    }
+  }
+  return true;
+}
+
+}  // namespace shardtune::testing_support
