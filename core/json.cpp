@@ -1,7 +1,8 @@
 #include "core/json.hpp"
 
 #include <cstdint>
-#include <set>
+#include <string>
+#include <unordered_set>
 #include <vector>
 
 #include <fmt/format.h>
@@ -43,6 +44,41 @@ std::string without_bare_nan(std::string_view text) {
   return out;
 }
 
+// Refuses depth and duplicate keys, in a pass of its own: nlohmann's parser with a callback looks through all members of an
+// object again after each nested one, so an object of 100,000 objects would take minutes. The parser is not recursive.
+class StructureCheck : public nlohmann::json_sax<nlohmann::json> {
+ public:
+  StructureCheck(const std::string& origin, int max_depth) : origin_(origin), max_depth_(max_depth) {}
+
+  bool null() override { return value(); }
+  bool boolean(bool) override { return value(); }
+  bool number_integer(number_integer_t) override { return value(); }
+  bool number_unsigned(number_unsigned_t) override { return value(); }
+  bool number_float(number_float_t, const string_t&) override { return value(); }
+  bool string(string_t&) override { return value(); }
+  bool binary(binary_t&) override { return value(); }
+  bool start_object(std::size_t) override { return value() && (keys_.emplace_back(), true); }
+  bool start_array(std::size_t) override { return value() && (keys_.emplace_back(), true); }
+  bool end_object() override { return keys_.pop_back(), true; }
+  bool end_array() override { return keys_.pop_back(), true; }
+  bool key(string_t& name) override {
+    if (!keys_.back().insert(name).second) refuse(origin_, fmt::format("JSON key '{}' appears twice in one object", name));
+    return value();
+  }
+  bool parse_error(std::size_t, const std::string&, const nlohmann::json::exception&) override { return false; }
+
+ private:
+  bool value() {
+    if (static_cast<int>(keys_.size()) > max_depth_)
+      refuse(origin_, fmt::format("JSON is nested deeper than {}", max_depth_));
+    return true;
+  }
+
+  const std::string& origin_;
+  const int max_depth_;
+  std::vector<std::unordered_set<std::string>> keys_;  // of every open object; empty for arrays
+};
+
 }  // namespace
 
 nlohmann::json parse_json(std::string_view text, const std::string& origin, const JsonLimits& limits) {
@@ -54,19 +90,13 @@ nlohmann::json parse_json(std::string_view text, const std::string& origin, cons
     cleaned = without_bare_nan(text);
     text = cleaned;
   }
-  // nlohmann's parser is recursive in nothing but its own callback depth; depth and duplicate keys are checked here.
-  std::vector<std::set<std::string>> keys;
-  auto callback = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& value) {
-    using Event = nlohmann::json::parse_event_t;
-    if (depth > limits.max_depth) refuse(origin, fmt::format("JSON is nested deeper than {}", limits.max_depth));
-    if (event == Event::object_start) keys.emplace_back();
-    if (event == Event::object_end) keys.pop_back();
-    if (event == Event::key && !keys.back().insert(value.get<std::string>()).second)
-      refuse(origin, fmt::format("JSON key '{}' appears twice in one object", value.get<std::string>()));
-    return true;
-  };
+  // JSON has no such byte anywhere; the parser takes it for the end of the text and would not look behind it.
+  if (const std::size_t nul = text.find('\0'); nul != std::string_view::npos)
+    refuse(origin, fmt::format("not valid JSON: a NUL byte at byte {}", nul));
   try {
-    return nlohmann::json::parse(text.begin(), text.end(), callback);
+    StructureCheck check(origin, limits.max_depth);
+    nlohmann::json::sax_parse(text.begin(), text.end(), &check);  // what is no JSON at all is the parser's to say
+    return nlohmann::json::parse(text.begin(), text.end());
   } catch (const nlohmann::json::exception& e) {
     refuse(origin, fmt::format("not valid JSON: {}", e.what()));
   }

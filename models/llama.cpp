@@ -64,7 +64,8 @@ LlamaConfig read_config(const ModelRequest& request) {
   if (!in.has("head_dim") && config.hidden_size % config.num_heads != 0)
     in.refuse(fmt::format("hidden_size {} is not a multiple of num_attention_heads {} and head_dim is not given",
                           config.hidden_size, config.num_heads));
-  config.head_size = in.integer("head_dim", config.hidden_size / config.num_heads, 2);
+  constexpr std::int64_t kMaxHeadSize = 1 << 16;  // the table of frequencies is made at once
+  config.head_size = in.integer("head_dim", config.hidden_size / config.num_heads, 2, kMaxHeadSize);
   if (config.num_heads > ConfigReader::kMaxSize / config.head_size)
     in.refuse(fmt::format("num_attention_heads {} x head_dim {} is more than {}", config.num_heads, config.head_size,
                           ConfigReader::kMaxSize));
