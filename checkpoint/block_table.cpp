@@ -88,17 +88,28 @@ BlockTable hash_file(const std::filesystem::path& file, const InspectBytes& insp
 
 std::filesystem::path block_table_path(const std::filesystem::path& file) { return file.string() + ".xxh3"; }
 
-VerifiedFile::VerifiedFile(std::filesystem::path file, std::uint64_t file_bytes, std::uint64_t digest)
-    : file_(std::move(file)) {
-  const std::filesystem::path table_file = block_table_path(file_);
-  table_ = parse_block_table(read_file(table_file), table_file);
-  if (table_.file_bytes != file_bytes || table_.digest() != digest)
+namespace {
+
+BlockTable read_table(const std::filesystem::path& file, std::uint64_t file_bytes, std::uint64_t digest) {
+  const std::filesystem::path table_file = block_table_path(file);
+  BlockTable table = parse_block_table(read_file(table_file), table_file);
+  if (table.file_bytes != file_bytes || table.digest() != digest)
     fail(ErrorKind::data, fmt::format("{} does not belong to this checkpoint: the manifest has another digest for it",
                                       table_file.string()));
-  fd_ = open_for_reading(file_);
+  return table;
+}
+
+}  // namespace
+
+VerifiedFile::VerifiedFile(std::filesystem::path file, std::uint64_t file_bytes, std::uint64_t digest)
+    : VerifiedFile(file, read_table(file, file_bytes, digest)) {}
+
+VerifiedFile::VerifiedFile(std::filesystem::path file, BlockTable table)
+    : file_(std::move(file)), table_(std::move(table)), fd_(open_for_reading(file_)) {
   const std::uint64_t actual = shardtune::file_size(fd_.get(), file_);
-  if (actual != file_bytes)
-    fail(ErrorKind::data, fmt::format("{} has {} bytes, the manifest says {}", file_.string(), actual, file_bytes));
+  if (actual != table_.file_bytes)
+    fail(ErrorKind::data,
+         fmt::format("{} has {} bytes, the manifest says {}", file_.string(), actual, table_.file_bytes));
 }
 
 std::size_t VerifiedFile::block_bytes(std::uint64_t block) const {

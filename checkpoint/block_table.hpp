@@ -35,8 +35,10 @@ class VerifiedFile {
  public:
   // `digest` is the manifest's. Error{data} when the file, its size or its table do not fit.
   VerifiedFile(std::filesystem::path file, std::uint64_t file_bytes, std::uint64_t digest);
+  VerifiedFile(std::filesystem::path file, BlockTable table);  // that is known already
   void read(std::uint64_t begin, std::size_t size, void* into);
   std::uint64_t bytes_read() const noexcept { return bytes_read_; }
+  std::uint64_t file_bytes() const noexcept { return table_.file_bytes; }
 
  private:
   std::size_t block_bytes(std::uint64_t block) const;

@@ -18,9 +18,9 @@ class ManifestBuilder {
  public:
   void add_shard(const nlohmann::json& shard) {
     const std::size_t file = manifest_.files.size();
-    manifest_.files.push_back({shard.at("file"), shard.at("size"), shard.at("digest"), true});
+    manifest_.files.push_back({shard.at("file"), shard.at("size"), shard.at("digest"), true, shard.at("raw_size")});
     for (const auto& slice : shard.at("slices"))
-      tensor(slice).slices.push_back({file, slice.at(3), slice.at(4), slice.at(5)});
+      tensor(slice).slices.push_back({file, slice.at(4), slice.at(5), slice.at(6)});
     for (const auto& slice : shard.at("empty")) tensor(slice);
   }
   Manifest finish() {
@@ -33,9 +33,10 @@ class ManifestBuilder {
   ManifestTensor& tensor(const nlohmann::json& slice) {
     const auto key = std::pair(slice.at(0).get<std::string>(), slice.at(1).get<std::string>());
     const auto shape = slice.at(2).get<std::vector<std::int64_t>>();
-    auto [it, is_new] = tensors_.try_emplace(key, ManifestTensor{key.first, key.second, shape, {}});
-    if (it->second.shape != shape)
-      fail(ErrorKind::internal, fmt::format("ranks disagree about the shape of '{}'", key.first));
+    auto [it, is_new] =
+        tensors_.try_emplace(key, ManifestTensor{key.first, key.second, shape, {}, slice.at(3).get<std::string>()});
+    if (it->second.shape != shape || it->second.dtype != slice.at(3).get<std::string>())
+      fail(ErrorKind::internal, fmt::format("ranks disagree about the shape or type of '{}'", key.first));
     return it->second;
   }
 
@@ -75,18 +76,17 @@ std::string describe_shard(const WrittenShard& shard, const StateView& view) {
   for (std::size_t i = 0; i < view.slices.size(); ++i) {
     const StateSlice& slice = view.slices[i];
     if (slice.data.numel() == 0)
-      empty.push_back({slice.name, slice.field, slice.global_shape});
+      empty.push_back({slice.name, slice.field, slice.global_shape, dtype_name(slice.data.scalar_type())});
     else
-      slices.push_back(
-          {slice.name, slice.field, slice.global_shape, shard.positions[i], slice.offset, slice.data.numel()});
+      slices.push_back({slice.name, slice.field, slice.global_shape, dtype_name(slice.data.scalar_type()),
+                        shard.positions[i], slice.offset, slice.data.numel()});
   }
-  return nlohmann::json{
-      {"file", shard.file}, {"size", shard.size}, {"digest", shard.digest}, {"slices", slices}, {"empty", empty}}
+  return nlohmann::json{{"file", shard.file},         {"size", shard.size}, {"digest", shard.digest},
+                        {"raw_size", shard.raw_size}, {"slices", slices},   {"empty", empty}}
       .dump();
 }
 
-void commit_checkpoint(const Commit& what, const PhaseHook& phase) {
-  phase("agreed");
+std::string make_manifest(const Commit& what) {
   ManifestBuilder builder;
   for (const std::string& shard : what.shards)
     if (!shard.empty()) builder.add_shard(nlohmann::json::parse(shard));
@@ -95,15 +95,27 @@ void commit_checkpoint(const Commit& what, const PhaseHook& phase) {
   manifest.num_ranks = what.num_ranks;
   manifest.run = what.run;
   manifest.files.insert(manifest.files.end(), what.side_files.begin(), what.side_files.end());
-  const std::filesystem::path partial = partial_path(what.output_dir, what.step);
-  write_file_durably(partial / "manifest.json", serialize_manifest(manifest));
+  return serialize_manifest(manifest);
+}
+
+void publish_manifest(const std::filesystem::path& output_dir, const std::string& manifest_text,
+                      const PhaseHook& phase) {
+  const std::filesystem::path origin = output_dir / "manifest.json";
+  const Manifest manifest = parse_manifest(manifest_text, origin);
+  const std::filesystem::path partial = partial_path(output_dir, manifest.step);
+  write_file_durably(partial / "manifest.json", manifest_text);
   read_manifest(partial);
   phase("manifest_written");
   std::string run_id = "unknown";
-  if (what.run.is_object() && what.run.contains("run_id") && what.run["run_id"].is_string())
-    run_id = what.run["run_id"].get<std::string>();
-  publish_checkpoint(partial, checkpoint_path(what.output_dir, what.step), run_id);
+  if (manifest.run.is_object() && manifest.run.contains("run_id") && manifest.run["run_id"].is_string())
+    run_id = manifest.run["run_id"].get<std::string>();
+  publish_checkpoint(partial, checkpoint_path(output_dir, manifest.step), run_id);
   phase("directory_renamed");
+}
+
+void commit_checkpoint(const Commit& what, const PhaseHook& phase) {
+  phase("agreed");
+  publish_manifest(what.output_dir, make_manifest(what), phase);
 }
 
 }  // namespace shardtune

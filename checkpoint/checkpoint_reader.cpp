@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <tuple>
+#include <utility>
 
 #include <ATen/ops/empty.h>
 #include <fmt/format.h>
 
 #include "checkpoint/output_lock.hpp"
+#include "checkpoint/state_view.hpp"
 #include "core/error.hpp"
 
 namespace shardtune {
@@ -26,11 +28,14 @@ const ManifestTensor& CheckpointReader::tensor(const std::string& name, const st
   return *found;
 }
 
-VerifiedFile& CheckpointReader::open(std::size_t file) {
+CheckpointReader::File& CheckpointReader::open(std::size_t file) {
   const auto it = files_.find(file);
   if (it != files_.end()) return it->second;
   const ManifestFile& entry = manifest_.files.at(file);
-  return files_.try_emplace(file, directory_ / entry.name, entry.size, entry.digest).first->second;
+  VerifiedFile verified(directory_ / entry.name, entry.size, entry.digest);
+  if (entry.raw_size == 0) return files_.emplace(file, std::move(verified)).first->second;
+  return files_.emplace(file, CompressedFile(directory_ / entry.name, std::move(verified), entry.raw_size))
+      .first->second;
 }
 
 void CheckpointReader::read(const std::vector<Request>& requests) {
@@ -41,13 +46,19 @@ void CheckpointReader::read(const std::vector<Request>& requests) {
     char* into;
   };
   std::vector<Piece> pieces;
+  std::vector<std::pair<at::Tensor, at::Tensor>> to_convert;  // into, from
   for (const Request& request : requests) {
-    check_internal(
-        request.into.scalar_type() == at::kFloat && request.into.is_contiguous() && request.into.device().is_cpu(),
-        "a loaded slice must be a contiguous fp32 tensor on the CPU");
+    check_internal(request.into.is_contiguous() && request.into.device().is_cpu(),
+                   "a loaded slice must be a contiguous tensor on the CPU");
     const std::int64_t begin = request.offset, end = request.offset + request.into.numel();
     check_internal(begin >= 0 && end <= request.tensor->numel(), "a requested slice lies outside of its tensor");
-    auto* out = static_cast<char*>(request.into.data_ptr());
+    at::Tensor target = request.into;
+    if (request.tensor->dtype != dtype_name(target.scalar_type())) {
+      target = at::empty({target.numel()}, dtype_of(request.tensor->dtype));
+      to_convert.emplace_back(request.into, target);
+    }
+    auto* out = static_cast<char*>(target.data_ptr());
+    const auto width = static_cast<std::int64_t>(request.tensor->element_bytes());
     const auto& slices = request.tensor->slices;
     auto it = std::upper_bound(slices.begin(), slices.end(), begin, [](std::int64_t at, const ManifestSlice& slice) {
       return at < slice.offset + slice.numel;
@@ -55,13 +66,15 @@ void CheckpointReader::read(const std::vector<Request>& requests) {
     for (; it != slices.end() && it->offset < end; ++it) {
       const std::int64_t from = std::max(begin, it->offset), to = std::min(end, it->offset + it->numel);
       if (from >= to) continue;
-      pieces.push_back({it->file, it->byte_offset + static_cast<std::uint64_t>(from - it->offset) * 4,
-                        static_cast<std::size_t>(to - from) * 4, out + (from - begin) * 4});
+      pieces.push_back({it->file, it->byte_offset + static_cast<std::uint64_t>((from - it->offset) * width),
+                        static_cast<std::size_t>((to - from) * width), out + (from - begin) * width});
     }
   }
   std::sort(pieces.begin(), pieces.end(),
             [](const Piece& a, const Piece& b) { return std::tie(a.file, a.begin) < std::tie(b.file, b.begin); });
-  for (const Piece& piece : pieces) open(piece.file).read(piece.begin, piece.size, piece.into);
+  for (const Piece& piece : pieces)
+    std::visit([&](auto& file) { file.read(piece.begin, piece.size, piece.into); }, open(piece.file));
+  for (auto& [into, from] : to_convert) into.copy_(from);
 }
 
 void CheckpointReader::read_in_pieces(const ManifestTensor& tensor, const PieceUser& use) {
@@ -77,7 +90,7 @@ void CheckpointReader::read_in_pieces(const ManifestTensor& tensor, const PieceU
 
 std::uint64_t CheckpointReader::bytes_read() const {
   std::uint64_t total = 0;
-  for (const auto& [index, file] : files_) total += file.bytes_read();
+  for (const auto& [index, file] : files_) total += std::visit([](const auto& one) { return one.bytes_read(); }, file);
   return total;
 }
 

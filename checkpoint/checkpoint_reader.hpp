@@ -6,18 +6,21 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
 
 #include "checkpoint/block_table.hpp"
+#include "checkpoint/compressed_file.hpp"
 #include "checkpoint/manifest.hpp"
 
 namespace shardtune {
 
 class CheckpointReader {
  public:
-  // A part of a stored tensor and the contiguous fp32 CPU tensor it goes to: elements [offset, offset + into.numel()).
+  // A part of a stored tensor and the contiguous CPU tensor it goes to, fp32 or bf16, converted (to nearest even)
+  // where it is stored in the other: elements [offset, offset + into.numel()).
   struct Request {
     const ManifestTensor* tensor = nullptr;  // of this reader's manifest
     std::int64_t offset = 0;
@@ -38,12 +41,13 @@ class CheckpointReader {
   std::uint64_t bytes_read() const;
 
  private:
-  VerifiedFile& open(std::size_t file);
+  using File = std::variant<VerifiedFile, CompressedFile>;
+  File& open(std::size_t file);
 
   std::filesystem::path directory_;
   UniqueFd lock_;  // keeps retention from deleting what is being read
   Manifest manifest_;
-  std::map<std::size_t, VerifiedFile> files_;
+  std::map<std::size_t, File> files_;
 };
 
 }  // namespace shardtune

@@ -10,6 +10,7 @@
 #include "checkpoint/checkpoint_commit.hpp"
 #include "checkpoint/checkpoint_directory.hpp"
 #include "checkpoint/checkpoint_store.hpp"
+#include "checkpoint/local_stage.hpp"
 #include "checkpoint/shard_writer.hpp"
 #include "checkpoint/shared_shard.hpp"
 #include "core/error.hpp"
@@ -65,7 +66,7 @@ void set_save_phase_hook(SavePhaseHook hook) {
 
 // One save from begin_save to its report. The worker uses it while a stage runs, the training thread in between.
 struct CheckpointStore::RunningSave {
-  enum class Stage { layout, writing, sealing, commit };
+  enum class Stage { layout, writing, sealing, draining, commit };
 
   RunningSave(std::int64_t save_step, StateView view, Retention kept, std::size_t staging_bytes)
       : step(save_step), retention(std::move(kept)), snapshot(std::move(view), staging_bytes) {}
@@ -85,21 +86,39 @@ struct CheckpointStore::RunningSave {
   std::string description;               // of the file, on its owner
   std::vector<ManifestFile> side_files;
   std::vector<std::string> shards;  // all descriptions, on rank 0
+  std::string manifest_text;        // with a local disk
   SaveReport report;
 };
 
 CheckpointStore::CheckpointStore(std::filesystem::path output_dir, Communicator& communicator,
-                                 std::size_t staging_bytes, int ranks_per_file)
+                                 std::size_t staging_bytes, int ranks_per_file, const std::filesystem::path& local_dir)
     : output_dir_(std::move(output_dir)),
       communicator_(communicator),
       staging_bytes_(staging_bytes),
       ranks_per_file_(ranks_per_file),
-      file_group_(split_by_file(communicator, ranks_per_file)) {}
+      file_group_(split_by_file(communicator, ranks_per_file)) {
+  if (local_dir.empty()) return;
+  run_agreed(communicator, "preparing the local disk",
+             [&] { local_ = std::make_unique<LocalStage>(local_dir, output_dir_); });
+}
 
 CheckpointStore::~CheckpointStore() {
-  if (!save_) return;
-  save_->snapshot.cancel();
-  worker_.wait();
+  if (save_) {
+    save_->snapshot.cancel();
+    worker_.wait();
+  } else if (local_ && committed_step_ >= 0 && owns_file()) {
+    local_->remove(file_name(), committed_step_);  // it was drained
+  }
+}
+
+std::string CheckpointStore::file_name() const {
+  return ShardIdentity{0, communicator_.rank() / ranks_per_file_,
+                       (communicator_.size() + ranks_per_file_ - 1) / ranks_per_file_}
+      .file_name();
+}
+
+std::filesystem::path CheckpointStore::write_directory(std::int64_t step) const {
+  return local_ ? local_->partial(file_name(), step) : partial_path(output_dir_, step);
 }
 
 void CheckpointStore::begin_save(std::int64_t step, StateView view, const Retention& retention) {
@@ -110,6 +129,7 @@ void CheckpointStore::begin_save(std::int64_t step, StateView view, const Retent
     run_agreed(communicator_, save->what(), [&] {
       announce("begin", step);
       if (communicator_.rank() == 0) make_partial(output_dir_, partial);
+      if (local_ && owns_file()) local_->begin(file_name(), step, committed_step_);
     });
   } catch (const Error& e) {
     remove_partial(e, step);
@@ -117,10 +137,11 @@ void CheckpointStore::begin_save(std::int64_t step, StateView view, const Retent
   }
   const ShardIdentity identity{step, communicator_.rank() / ranks_per_file_,
                                (communicator_.size() + ranks_per_file_ - 1) / ranks_per_file_};
-  save->writer.emplace(partial, identity, [step, &snapshot = save->snapshot](const char* name) {
+  const auto phase = [step, &snapshot = save->snapshot](const char* name) {
     snapshot.check_not_cancelled();  // a rank that fails must not wait until gigabytes are read back
     announce(name, step);
-  });
+  };
+  save->writer.emplace(write_directory(step), identity, phase, is_compressed_);
   save_ = std::move(save);
   if (!file_group_) {
     save_->stage = RunningSave::Stage::sealing;  // without others the first three stages are one
@@ -147,14 +168,14 @@ void CheckpointStore::preserve(const at::Tensor& about_to_change) {
 void CheckpointStore::write_alone() {
   RunningSave& save = *save_;
   try {
-    const std::filesystem::path partial = partial_path(output_dir_, save.step);
-    wait_for_directory(partial);
+    const std::filesystem::path directory = write_directory(save.step);
+    wait_for_directory(directory);
     const auto start = std::chrono::steady_clock::now();
     const std::vector<std::uint64_t> positions = save.writer->lay_out(save.snapshot.view());
     std::vector<WrittenPiece> pieces = save.writer->write(save.snapshot, positions);
     save.report.write_seconds = seconds_since(start);
     save.description = describe_shard(save.writer->seal(std::move(pieces)), save.snapshot.view());
-    if (communicator_.rank() == 0) save.side_files = write_side_files(partial, save.snapshot.view().side_files);
+    if (communicator_.rank() == 0) save.side_files = write_side_files(directory, save.snapshot.view().side_files);
   } catch (...) {
     save.snapshot.abandon();
     throw;
@@ -169,7 +190,7 @@ void CheckpointStore::start_layout() {
     save.first_slice += join_slices({descriptions[static_cast<std::size_t>(rank)]}, nullptr).slices.size();
   if (file_group_->rank() == 0)
     worker_.start([this, &save] {
-      wait_for_directory(partial_path(output_dir_, save.step));
+      wait_for_directory(write_directory(save.step));
       save.positions = save.writer->lay_out(save.whole);
     });
 }
@@ -182,11 +203,11 @@ void CheckpointStore::start_writing() {
   save.positions.assign(first, first + static_cast<std::ptrdiff_t>(save.snapshot.view().slices.size()));
   worker_.start([this, &save] {
     const auto start = std::chrono::steady_clock::now();
-    wait_for_directory(partial_path(output_dir_, save.step));
+    wait_for_directory(write_directory(save.step));
     save.pieces = save.writer->write(save.snapshot, save.positions);
     save.report.write_seconds = seconds_since(start);
     if (communicator_.rank() == 0)
-      save.side_files = write_side_files(partial_path(output_dir_, save.step), save.snapshot.view().side_files);
+      save.side_files = write_side_files(write_directory(save.step), save.snapshot.view().side_files);
   });
 }
 
@@ -199,14 +220,46 @@ void CheckpointStore::start_sealing() {
   worker_.start([&save] { save.description = describe_shard(save.writer->seal(std::move(save.pieces)), save.whole); });
 }
 
-void CheckpointStore::start_commit() {
+// The manifest goes to every node, where it says that the node's part is whole; then the parts go to the output
+// directory.
+void CheckpointStore::start_drain() {
   RunningSave& save = *save_;
   save.shards = gather_strings(communicator_, save.description, 0);
+  if (communicator_.rank() == 0)
+    save.manifest_text = make_manifest(
+        {output_dir_, save.step, save.snapshot.view().run, save.side_files, save.shards, communicator_.size()});
+  save.manifest_text = broadcast_string(communicator_, save.manifest_text, 0);
+  if (!owns_file()) return;
+  worker_.start([this, &save] {
+    local_->complete(file_name(), save.step, save.manifest_text);
+    announce("local_complete", save.step);
+    const auto start = std::chrono::steady_clock::now();
+    const std::filesystem::path from = local_->complete_path(file_name(), save.step),
+                                to = partial_path(output_dir_, save.step);
+    wait_for_directory(to);
+    const auto keep_going = [&save] { save.snapshot.check_not_cancelled(); };
+    for (const ManifestFile& file : parse_manifest(save.manifest_text, from).files)
+      if (file.name.starts_with(file_name()) || (communicator_.rank() == 0 && !file.has_block_table))
+        drain_file(from, file, to, keep_going);
+    save.report.drain_seconds = seconds_since(start);
+    announce("drained", save.step);
+  });
+}
+
+void CheckpointStore::start_commit() {
+  RunningSave& save = *save_;
+  if (!local_) save.shards = gather_strings(communicator_, save.description, 0);
   if (communicator_.rank() != 0) return;
   worker_.start([this, &save] {
-    commit_checkpoint(
-        {output_dir_, save.step, save.snapshot.view().run, save.side_files, save.shards, communicator_.size()},
-        [&](const char* name) { announce(name, save.step); });
+    const auto phase = [&](const char* name) { announce(name, save.step); };
+    if (local_) {
+      phase("agreed");
+      publish_manifest(output_dir_, save.manifest_text, phase);
+    } else {
+      commit_checkpoint(
+          {output_dir_, save.step, save.snapshot.view().run, save.side_files, save.shards, communicator_.size()},
+          phase);
+    }
     tidy_up(output_dir_, save.step, save.retention);
   });
 }
@@ -220,7 +273,13 @@ std::optional<SaveReport> CheckpointStore::advance_save() {
     switch (save.stage) {
       case Stage::layout: start_writing(), save.stage = Stage::writing; return std::nullopt;
       case Stage::writing: start_sealing(), save.stage = Stage::sealing; return std::nullopt;
-      case Stage::sealing: start_commit(), save.stage = Stage::commit; return std::nullopt;
+      case Stage::sealing:
+        if (local_) {
+          start_drain(), save.stage = Stage::draining;
+          return std::nullopt;
+        }
+        [[fallthrough]];
+      case Stage::draining: start_commit(), save.stage = Stage::commit; return std::nullopt;
       case Stage::commit: break;
     }
   } catch (const Error& e) {
@@ -230,6 +289,7 @@ std::optional<SaveReport> CheckpointStore::advance_save() {
     save_.reset();
     throw;
   }
+  committed_step_ = save.step;
   SaveReport report = save.report;
   report.step = save.step;
   for (const std::string& shard : save.shards)

@@ -13,6 +13,7 @@
 #include "checkpoint/checkpoint_directory.hpp"
 #include "checkpoint/checkpoint_reader.hpp"
 #include "checkpoint/checkpoint_verify.hpp"
+#include "checkpoint/local_stage.hpp"
 #include "checkpoint/manifest.hpp"
 #include "core/error.hpp"
 #include "core/file.hpp"
@@ -134,6 +135,7 @@ std::vector<CheckpointInfo> CheckpointStore::list() {
 }
 
 std::filesystem::path CheckpointStore::newest_usable() {
+  finish_interrupted_drain();
   for (const CheckpointInfo& info : list()) {
     std::string problem = info.problem;
     if (info.is_committed) problem = verify_together(communicator_, info.directory);
@@ -145,6 +147,7 @@ std::filesystem::path CheckpointStore::newest_usable() {
 
 void CheckpointStore::prepare_resume(std::int64_t resumed_step, const std::string& run_id) {
   run_agreed(communicator_, "preparing " + output_dir_.string(), [&] {
+    if (local_) local_->clear();
     if (communicator_.rank() != 0) return;
     remove_stale_directories(output_dir_);
     for (const CheckpointInfo& info : list_checkpoints(output_dir_))

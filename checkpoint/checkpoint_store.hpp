@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "checkpoint/background_worker.hpp"
@@ -16,6 +17,9 @@
 #include "distributed/comm/communicator.hpp"
 
 namespace shardtune {
+
+class LocalStage;
+struct ManifestFile;
 
 struct CheckpointInfo {
   std::int64_t step = 0;
@@ -34,7 +38,8 @@ struct SaveReport {
   std::int64_t step = 0;
   std::uint64_t bytes = 0;   // of all shards
   double seconds = 0;        // from begin_save to the commit
-  double write_seconds = 0;  // of rank 0, until its shard was durable
+  double write_seconds = 0;  // of rank 0, until its shard was durable (on the local disk, if there is one)
+  double drain_seconds = 0;  // of rank 0, from the local disk to the output directory
   Snapshot::Cost cost;       // for this rank's training thread
 };
 
@@ -42,18 +47,21 @@ class CheckpointStore {
  public:
   // `communicator` must outlive the store. Only rank 0 creates and renames directories and writes manifests. While a
   // save runs in the background at most `staging_bytes` hold copies of what training has changed since.
-  // Each `ranks_per_file` consecutive ranks, which must run on one host, write one file together; the constructor is
-  // collective when it is not 1.
+  // Each `ranks_per_file` consecutive ranks, which must run on one host, write one file together. With a `local_dir`
+  // (a disk of each node) saves go there first and are drained to the output directory from there. Collective.
   CheckpointStore(std::filesystem::path output_dir, Communicator& communicator,
-                  std::size_t staging_bytes = std::size_t{1} << 30, int ranks_per_file = 1);
+                  std::size_t staging_bytes = std::size_t{1} << 30, int ranks_per_file = 1,
+                  const std::filesystem::path& local_dir = {});
   ~CheckpointStore();  // local; a save that is under way is given up
+  // Local, the same on all ranks, between saves. Shards are compressed without loss before they are committed.
+  void set_compression(bool is_on) { is_compressed_ = is_on; }
 
   // Collective. Writes checkpoint-<step>, returns when it is durable and committed. On any rank's failure every rank
   // throws the same Error (naming rank, file and reason); nothing is committed and older checkpoints are untouched.
   SaveReport save(std::int64_t step, const StateView& view, const Retention& retention = {});
 
   // The same in the background, by one writer thread per rank that never communicates. A save has stages (laying
-  // out the files, writing, sealing them, then the commit on rank 0); a stage begins when every rank knows that all
+  // out the files, writing, sealing them, draining them, then the commit on rank 0); a stage begins when every rank knows that all
   // have ended the one before:
   //   begin_save(...);                                     collective; no save may be under way
   //   while training:  preserve(t) before t is changed     local
@@ -77,9 +85,10 @@ class CheckpointStore {
   // Collective (rank 0 reads the directory and shares the result): newest first.
   std::vector<CheckpointInfo> list();
   // Collective. Newest checkpoint that verifies fully; those skipped are logged with the reason. Empty path = none.
+  // Finishes the drain of a newer one first that the nodes' local disks hold whole.
   std::filesystem::path newest_usable();
   // Collective, at resume: stale *.partial directories are removed, rejected and abandoned checkpoints (step > resumed
-  // step) are renamed to *.rejected-<run id>.
+  // step) are renamed to *.rejected-<run id>; local disks are cleared.
   void prepare_resume(std::int64_t resumed_step, const std::string& run_id);
 
  private:
@@ -87,8 +96,15 @@ class CheckpointStore {
   void start_layout();
   void start_writing();
   void start_sealing();
+  void start_drain();
   void start_commit();
   void write_alone();
+  bool owns_file() const { return communicator_.rank() % ranks_per_file_ == 0; }
+  std::string file_name() const;
+  std::filesystem::path write_directory(std::int64_t step) const;
+  void finish_interrupted_drain();
+  bool drain_and_publish(const std::string& manifest_text,
+                         const std::vector<std::pair<std::filesystem::path, ManifestFile>>& to_drain);
   void remove_partial(const Error& reason, std::int64_t step);
 
   std::filesystem::path output_dir_;
@@ -96,6 +112,9 @@ class CheckpointStore {
   std::size_t staging_bytes_;
   int ranks_per_file_;
   std::unique_ptr<Communicator> file_group_;  // the ranks of this rank's file; null when it is alone
+  std::unique_ptr<LocalStage> local_;
+  bool is_compressed_ = false;
+  std::int64_t committed_step_ = -1;  // of the last save of this store
   std::unique_ptr<RunningSave> save_;
   BackgroundWorker worker_;  // last: its job uses the members above
 };

@@ -112,7 +112,7 @@ nlohmann::json describe_checkpoint(const std::filesystem::path& checkpoint_dir) 
                          {"shape", tensor.shape},
                          {"numel", tensor.numel()},
                          {"fields", nlohmann::json::object()}});
-    tensors.back()["fields"][tensor.field] = {{"dtype", "float32"}, {"slices", describe_slices(manifest, tensor)}};
+    tensors.back()["fields"][tensor.field] = {{"dtype", tensor.dtype}, {"slices", describe_slices(manifest, tensor)}};
     if (tensor.field == "value") parameters += tensor.numel();
   }
   return {{"directory", checkpoint_dir.string()},

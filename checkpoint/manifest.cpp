@@ -53,7 +53,7 @@ const nlohmann::json& list_of(const nlohmann::json& object, const char* key, con
   return object.at(key);
 }
 
-ManifestFile parse_file(const nlohmann::json& object, const std::string& origin) {
+ManifestFile parse_file(const nlohmann::json& object, std::int64_t version, const std::string& origin) {
   ManifestFile file;
   file.name = json_get<std::string>(object, "name", origin);
   if (!is_plain_name(file.name)) refuse(origin, "a file name is not plain");
@@ -65,6 +65,10 @@ ManifestFile parse_file(const nlohmann::json& object, const std::string& origin)
     refuse(origin, "a digest is not 16 hexadecimal digits");
   file.digest = std::stoull(digest, nullptr, 16);
   file.has_block_table = json_get<bool>(object, "block_table", origin);
+  const std::int64_t raw_size = json_get_or<std::int64_t>(object, "raw_size", 0, origin);
+  if (raw_size < 0 || (raw_size > 0 && (version < 2 || !file.has_block_table)))
+    refuse(origin, fmt::format("the file '{}' has a 'raw_size' that it cannot have", file.name.substr(0, 60)));
+  file.raw_size = static_cast<std::uint64_t>(raw_size);
   return file;
 }
 
@@ -72,8 +76,10 @@ ManifestTensor parse_tensor(const nlohmann::json& object, const Manifest& manife
   ManifestTensor tensor;
   tensor.name = json_get<std::string>(object, "name", origin);
   tensor.field = json_get<std::string>(object, "field", origin);
-  if (json_get<std::string>(object, "dtype", origin) != "float32")
-    refuse(origin, fmt::format("tensor '{}' has a dtype other than float32", tensor.name));
+  tensor.dtype = json_get<std::string>(object, "dtype", origin);
+  if (tensor.dtype != "float32" && (tensor.dtype != "bfloat16" || manifest.version < 2))
+    refuse(origin, fmt::format("tensor '{}' has the dtype '{}', which format version {} does not know", tensor.name,
+                               tensor.dtype.substr(0, 60), manifest.version));
   const nlohmann::json& shape = list_of(object, "shape", origin);
   std::int64_t numel = 1;
   for (std::size_t i = 0; i < shape.size(); ++i) {
@@ -89,9 +95,9 @@ ManifestTensor parse_tensor(const nlohmann::json& object, const Manifest& manife
                         size_at(item, 3, origin)};
     if (slice.file >= manifest.files.size() || !manifest.files[slice.file].has_block_table)
       refuse(origin, fmt::format("a slice of tensor '{}' names no shard", tensor.name));
-    const std::uint64_t file_bytes = manifest.files[slice.file].size;
+    const std::uint64_t file_bytes = manifest.files[slice.file].data_size();
     if (slice.byte_offset > file_bytes ||
-        static_cast<std::uint64_t>(slice.numel) > (file_bytes - slice.byte_offset) / 4)
+        static_cast<std::uint64_t>(slice.numel) > (file_bytes - slice.byte_offset) / tensor.element_bytes())
       refuse(origin, fmt::format("a slice of tensor '{}' lies outside of its file", tensor.name));
     if (slice.offset != expected || slice.numel == 0 || slice.numel > numel - expected)
       refuse(origin, fmt::format("the slices of tensor '{}' do not cover it exactly once", tensor.name));
@@ -140,20 +146,25 @@ void normalize_tensors(std::vector<ManifestTensor>& tensors) {
 
 std::string serialize_manifest(const Manifest& manifest) {
   // Written piece by piece: a document object for millions of slices would need many times the text's memory.
+  const bool has_compressed = std::any_of(manifest.files.begin(), manifest.files.end(),
+                                          [](const ManifestFile& file) { return file.raw_size > 0; });
+  const bool has_bf16 = std::any_of(manifest.tensors.begin(), manifest.tensors.end(),
+                                    [](const ManifestTensor& tensor) { return tensor.dtype == "bfloat16"; });
   std::string text = fmt::format(R"({{"format":"{}","version":{},"step":{},"num_ranks":{},)", kFormat,
-                                 kCheckpointFormatVersion, manifest.step, manifest.num_ranks);
+                                 has_bf16 || has_compressed ? 2 : 1, manifest.step, manifest.num_ranks);
   text += "\n\"run\":" + manifest.run.dump() + ",\n\"files\":[";
   const char* separator = "\n";
   for (const ManifestFile& file : manifest.files) {
-    text += fmt::format(R"({}{{"name":{},"size":{},"digest":"{}","block_table":{}}})", separator,
-                        nlohmann::json(file.name).dump(), file.size, to_hex(file.digest), file.has_block_table);
+    text += fmt::format(R"({}{{"name":{},"size":{},"digest":"{}","block_table":{}{}}})", separator,
+                        nlohmann::json(file.name).dump(), file.size, to_hex(file.digest), file.has_block_table,
+                        file.raw_size > 0 ? fmt::format(",\"raw_size\":{}", file.raw_size) : "");
     separator = ",\n";
   }
   text += "],\n\"tensors\":[";
   separator = "\n";
   for (const ManifestTensor& tensor : manifest.tensors) {
-    text += fmt::format(R"({}{{"name":{},"field":{},"dtype":"float32","shape":{},"slices":[)", separator,
-                        nlohmann::json(tensor.name).dump(), nlohmann::json(tensor.field).dump(),
+    text += fmt::format(R"({}{{"name":{},"field":{},"dtype":"{}","shape":{},"slices":[)", separator,
+                        nlohmann::json(tensor.name).dump(), nlohmann::json(tensor.field).dump(), tensor.dtype,
                         nlohmann::json(tensor.shape).dump());
     const char* comma = "";
     for (const ManifestSlice& slice : tensor.slices) {
@@ -188,7 +199,7 @@ Manifest parse_manifest(std::string_view text, const std::filesystem::path& orig
   manifest.run = root["run"];
   std::set<std::string> names;
   for (const nlohmann::json& file : list_of(root, "files", origin)) {
-    manifest.files.push_back(parse_file(file, origin));
+    manifest.files.push_back(parse_file(file, version, origin));
     if (!names.insert(manifest.files.back().name).second) refuse(origin, "a file is listed twice");
   }
   for (const nlohmann::json& tensor : list_of(root, "tensors", origin)) {

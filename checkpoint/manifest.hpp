@@ -10,16 +10,22 @@
 
 namespace shardtune {
 
-inline constexpr std::int64_t kCheckpointFormatVersion = 1;
+// The newest that is read. Written is the lowest that has what a checkpoint needs: 2 with bf16 tensors
+// or compressed shards, else 1.
+inline constexpr std::int64_t kCheckpointFormatVersion = 2;
 
 struct ManifestFile {
   std::string name;  // plain name inside the checkpoint directory
   std::uint64_t size = 0;
   std::uint64_t digest = 0;      // BlockTable::digest() of the whole file
   bool has_block_table = false;  // NAME.xxh3 lies beside it (shards)
+  std::uint64_t raw_size = 0;    // of the shard before compression (compressed_file.hpp); 0 = it is not compressed
+
+  std::uint64_t data_size() const { return raw_size > 0 ? raw_size : size; }  // what slices count in
 };
 
-// Elements [offset, offset + numel) of the flat tensor, stored as little-endian fp32 at byte_offset of files[file].
+// Elements [offset, offset + numel) of the flat tensor, stored little-endian at byte_offset of files[file]
+// (before its compression).
 struct ManifestSlice {
   std::size_t file = 0;
   std::uint64_t byte_offset = 0;
@@ -32,8 +38,10 @@ struct ManifestTensor {
   std::string field;
   std::vector<std::int64_t> shape;
   std::vector<ManifestSlice> slices;  // ascending, gapless, without overlap from 0 to numel(); empty slices left out
+  std::string dtype = "float32";      // or "bfloat16"
 
   std::int64_t numel() const;
+  std::uint64_t element_bytes() const { return dtype == "bfloat16" ? 2 : 4; }
 };
 
 struct Manifest {

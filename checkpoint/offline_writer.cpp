@@ -27,7 +27,7 @@ class OfflineSource : public PieceSource {
       const std::int64_t size = numel / what.num_shards + (shard < numel % what.num_shards ? 1 : 0);
       // A tensor of the device "meta" has a size and no memory.
       view_.slices.push_back({tensor.name, tensor.field, tensor.shape, begin,
-                              at::empty({size}, at::TensorOptions(at::kMeta).dtype(at::kFloat))});
+                              at::empty({size}, at::TensorOptions(at::kMeta).dtype(dtype_of(tensor.dtype)))});
     }
     view_.run = what.run;
   }
@@ -38,11 +38,10 @@ class OfflineSource : public PieceSource {
     while (slice_ < view_.slices.size() && done_ == view_.slices[slice_].data.numel()) ++slice_, done_ = 0;
     if (slice_ == view_.slices.size()) return std::nullopt;
     const StateSlice& slice = view_.slices[slice_];
-    constexpr auto kMost = static_cast<std::int64_t>(kPieceBytes / sizeof(float));
-    const std::int64_t size = std::min(kMost, slice.data.numel() - done_);
-    read_(slice_, slice.offset + done_, at::from_blob(into, {size}, at::kFloat));
-    const Piece piece{slice_, static_cast<std::uint64_t>(done_) * sizeof(float),
-                      static_cast<std::size_t>(size) * sizeof(float)};
+    const std::size_t width = slice.data.element_size();
+    const std::int64_t size = std::min(static_cast<std::int64_t>(kPieceBytes / width), slice.data.numel() - done_);
+    read_(slice_, slice.offset + done_, at::from_blob(into, {size}, slice.data.scalar_type()));
+    const Piece piece{slice_, static_cast<std::uint64_t>(done_) * width, static_cast<std::size_t>(size) * width};
     done_ += size;
     return piece;
   }

@@ -16,6 +16,7 @@ namespace shardtune {
 struct OfflineTensor {
   std::string name, field;
   std::vector<std::int64_t> shape;
+  std::string dtype = "float32";  // or "bfloat16"
 };
 
 struct OfflineCheckpoint {
@@ -26,7 +27,7 @@ struct OfflineCheckpoint {
   std::vector<OfflineTensor> tensors = {};
 };
 
-// Fills `into` (contiguous fp32) with the elements of tensors[tensor] from `offset` on.
+// Fills `into` (contiguous, of the tensor's dtype) with the elements of tensors[tensor] from `offset` on.
 using ReadElements = std::function<void(std::size_t tensor, std::int64_t offset, const at::Tensor& into)>;
 
 // Writes OUTPUT_DIR/checkpoint-<step>, durable and committed by the protocol of every save, and returns its path.

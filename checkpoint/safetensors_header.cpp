@@ -193,7 +193,9 @@ std::map<std::string, SafetensorsEntry> read_safetensors_header(const std::files
     refuse(file, fmt::format("the header of {} bytes does not fit into the file of {}", header_bytes, file_bytes));
   std::string text(header_bytes, '\0');
   pread_exactly(fd.get(), text.data(), text.size(), 8, file);
-  if (text.empty() || text[0] != '{') refuse(file, "the header does not begin with '{'");
+  // The format wants '{' first; the reference implementation lets blanks stand before it, and so do its files.
+  const std::size_t first = text.find_first_not_of(" \t\r\n");
+  if (first == std::string::npos || text[first] != '{') refuse(file, "the header does not begin with '{'");
 
   const nlohmann::json header = parse_json(text, file.string(), {.max_bytes = kMaxHeaderBytes, .max_depth = 4});
   std::map<std::string, SafetensorsEntry> entries;

@@ -63,7 +63,7 @@ std::string innermost_error() {
 
 class ShardFile {
  public:
-  ShardFile(std::filesystem::path file, const ShardIdentity& identity);
+  ShardFile(std::filesystem::path file, const ShardIdentity& identity, bool has_bf16);
   void write_run(const nlohmann::json& run, std::int64_t step);
   // Returns the position of the data in the file.
   std::uint64_t place_slice(const StateSlice& slice, const std::string& dataset_name);
@@ -87,6 +87,7 @@ class ShardFile {
   TypeId text_type(const std::string& text) const;
   GroupId make_group(hid_t where, const std::string& name) const;
   GroupId& group_of(const std::string& parameter);
+  TypeId element_type(const StateSlice& slice) const;
 
   std::filesystem::path file_;
   FileId id_;
@@ -96,7 +97,8 @@ class ShardFile {
   GroupId current_;
 };
 
-ShardFile::ShardFile(std::filesystem::path file, const ShardIdentity& identity) : file_(std::move(file)) {
+ShardFile::ShardFile(std::filesystem::path file, const ShardIdentity& identity, bool has_bf16)
+    : file_(std::move(file)) {
   PropertiesId access(check(H5Pcreate(H5P_FILE_ACCESS), "H5Pcreate"));
   // One writer, unique names: no lock is needed, and Lustre and NFS often refuse them.
   check(H5Pset_file_locking(access.get(), 0, 1), "H5Pset_file_locking");
@@ -104,10 +106,12 @@ ShardFile::ShardFile(std::filesystem::path file, const ShardIdentity& identity) 
   check(H5Pset_fclose_degree(access.get(), H5F_CLOSE_SEMI), "H5Pset_fclose_degree");
   check(H5Pset_meta_block_size(access.get(), 1U << 16), "H5Pset_meta_block_size");
   check(H5Pset_alignment(access.get(), kDataAlignment, kDataAlignment), "H5Pset_alignment");
-  id_ = FileId(check(H5Fcreate(file_.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access.get()), "H5Fcreate"));
+  // No time stamps, of the root group neither: equal states give equal files.
+  PropertiesId creation(check(H5Pcreate(H5P_FILE_CREATE), "H5Pcreate"));
+  check(H5Pset_obj_track_times(creation.get(), 0), "H5Pset_obj_track_times");
+  id_ = FileId(check(H5Fcreate(file_.c_str(), H5F_ACC_TRUNC, creation.get(), access.get()), "H5Fcreate"));
+  close_checked(creation, H5Pclose, "H5Pclose");
   close_checked(access, H5Pclose, "H5Pclose");
-
-  // No time stamps: equal states give equal files.
   group_properties_ = PropertiesId(check(H5Pcreate(H5P_GROUP_CREATE), "H5Pcreate"));
   check(H5Pset_obj_track_times(group_properties_.get(), 0), "H5Pset_obj_track_times");
   data_properties_ = PropertiesId(check(H5Pcreate(H5P_DATASET_CREATE), "H5Pcreate"));
@@ -117,7 +121,7 @@ ShardFile::ShardFile(std::filesystem::path file, const ShardIdentity& identity) 
   check(H5Pset_fill_time(data_properties_.get(), H5D_FILL_TIME_NEVER), "H5Pset_fill_time");
 
   put_text(id_.get(), "format", "shardtune-shard");
-  put_number(id_.get(), "version", 1);
+  put_number(id_.get(), "version", has_bf16 ? 2 : 1);
   put_number(id_.get(), "rank", identity.rank);
   put_number(id_.get(), "num_ranks", identity.num_ranks);
   parameters_ = make_group(id_.get(), "parameters");
@@ -196,19 +200,33 @@ GroupId& ShardFile::group_of(const std::string& parameter) {
   return current_;
 }
 
+// HDF5 1.10 has no name for bf16 but can describe it: the sign, 8 bits of exponent and 7 of mantissa, as the upper half
+// of an fp32. Its own conversion would round ties up; here only the layout is written, never an element.
+TypeId ShardFile::element_type(const StateSlice& slice) const {
+  TypeId type(check(H5Tcopy(H5T_IEEE_F32LE), "H5Tcopy"));
+  if (slice.data.scalar_type() == at::kBFloat16) {
+    check(H5Tset_fields(type.get(), 15, 7, 8, 0, 7), "H5Tset_fields");
+    check(H5Tset_size(type.get(), 2), "H5Tset_size");
+    check(H5Tset_ebias(type.get(), 127), "H5Tset_ebias");
+  }
+  return type;
+}
+
 std::uint64_t ShardFile::place_slice(const StateSlice& slice, const std::string& dataset_name) {
   const hid_t group = group_of(slice.name).get();
   const auto numel = static_cast<hsize_t>(slice.data.numel());
   SpaceId space(check(H5Screate_simple(1, &numel, nullptr), "H5Screate_simple"));
-  DatasetId dataset(check(H5Dcreate2(group, dataset_name.c_str(), H5T_IEEE_F32LE, space.get(), H5P_DEFAULT,
+  TypeId type = element_type(slice);
+  DatasetId dataset(check(H5Dcreate2(group, dataset_name.c_str(), type.get(), space.get(), H5P_DEFAULT,
                                      data_properties_.get(), H5P_DEFAULT),
                           "H5Dcreate2"));
+  close_checked(type, H5Tclose, "H5Tclose");
   put_text(dataset.get(), "parameter", slice.name);
   put_attribute(dataset.get(), "global_shape", H5T_STD_I64LE, static_cast<std::int64_t>(slice.global_shape.size()),
                 slice.global_shape.data());
   put_number(dataset.get(), "offset", slice.offset);
   put_number(dataset.get(), "numel", slice.data.numel());
-  put_text(dataset.get(), "dtype", "float32");
+  put_text(dataset.get(), "dtype", dtype_name(slice.data.scalar_type()));
   const haddr_t address = H5Dget_offset(dataset.get());
   if (address == HADDR_UNDEF)
     fail(ErrorKind::io, fmt::format("cannot write {} (H5Dget_offset): {}", file_.string(), innermost_error()));
@@ -233,7 +251,10 @@ std::string ShardIdentity::file_name() const { return fmt::format("shard-{:05d}-
 std::vector<std::uint64_t> lay_out_shard(const std::filesystem::path& path, const ShardIdentity& identity,
                                          const StateView& view) {
   const SilentErrors silence;
-  ShardFile file(path, identity);
+  const bool has_bf16 = std::any_of(view.slices.begin(), view.slices.end(), [](const StateSlice& slice) {
+    return slice.data.numel() > 0 && slice.data.scalar_type() == at::kBFloat16;
+  });
+  ShardFile file(path, identity, has_bf16);
   file.write_run(view.run, identity.step);
   std::map<std::pair<std::string, std::string>, int> pieces;
   std::vector<std::uint64_t> positions;

@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include "checkpoint/block_table.hpp"
+#include "checkpoint/compressed_file.hpp"
 #include "core/error.hpp"
 #include "core/file.hpp"
 #include "core/hash.hpp"
@@ -41,12 +42,14 @@ BlockTable read_back(const std::filesystem::path& file, std::vector<WrittenPiece
 
 }  // namespace
 
-ShardWriter::ShardWriter(const std::filesystem::path& directory, const ShardIdentity& identity, PhaseHook phase)
+ShardWriter::ShardWriter(const std::filesystem::path& directory, const ShardIdentity& identity, PhaseHook phase,
+                         bool is_compressed)
     : directory_(directory),
       path_(directory / identity.file_name()),
       temporary_(path_.string() + ".tmp"),
       identity_(identity),
-      phase_(std::move(phase)) {}
+      phase_(std::move(phase)),
+      is_compressed_(is_compressed) {}
 
 std::vector<std::uint64_t> ShardWriter::lay_out(const StateView& whole) {
   file_.emplace(temporary_);
@@ -76,14 +79,29 @@ std::vector<WrittenPiece> ShardWriter::write(PieceSource& source, const std::vec
 }
 
 WrittenShard ShardWriter::seal(std::vector<WrittenPiece> pieces) {
-  const BlockTable table = read_back(temporary_, std::move(pieces), phase_);
+  BlockTable table = read_back(temporary_, std::move(pieces), phase_);
   phase_("shard_synced");
-  rename_path(temporary_, path_);
+  WrittenShard shard{.file = identity_.file_name(), .positions = positions_};
+  std::filesystem::path target = path_;
+  if (is_compressed_) {
+    shard.file += ".sz";
+    shard.raw_size = table.file_bytes;
+    target = directory_ / shard.file;
+    const std::filesystem::path compressed = target.string() + ".tmp";
+    table = compress_file(temporary_, table, compressed);
+    rename_path(compressed, target);
+    std::error_code ignored;
+    std::filesystem::remove(temporary_, ignored);
+  } else {
+    rename_path(temporary_, target);
+  }
   fsync_path(directory_);
   phase_("shard_renamed");
-  write_file_durably(block_table_path(path_), table.serialize());
+  write_file_durably(block_table_path(target), table.serialize());
   phase_("block_table_written");
-  return {identity_.file_name(), table.file_bytes, table.digest(), positions_};
+  shard.size = table.file_bytes;
+  shard.digest = table.digest();
+  return shard;
 }
 
 }  // namespace shardtune

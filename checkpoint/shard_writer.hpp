@@ -23,6 +23,7 @@ struct WrittenPiece {
 struct WrittenShard {
   std::string file;
   std::uint64_t size = 0, digest = 0;
+  std::uint64_t raw_size = 0;            // before compression; 0 = not compressed
   std::vector<std::uint64_t> positions;  // of the slices of the view that was laid out
 };
 
@@ -34,7 +35,9 @@ using PhaseHook = std::function<void(const char*)>;
 // the system's reason; what was written then goes with the partial directory.
 class ShardWriter {
  public:
-  ShardWriter(const std::filesystem::path& directory, const ShardIdentity& identity, PhaseHook phase);
+  // Compressed shards are called FILE.sz; the original is written first and goes when it was compressed.
+  ShardWriter(const std::filesystem::path& directory, const ShardIdentity& identity, PhaseHook phase,
+              bool is_compressed = false);
 
   // `whole` lists the slices of all ranks of the file. Returns the position of each.
   std::vector<std::uint64_t> lay_out(const StateView& whole);
@@ -48,6 +51,7 @@ class ShardWriter {
   std::filesystem::path directory_, path_, temporary_;
   ShardIdentity identity_;
   PhaseHook phase_;
+  bool is_compressed_;
   std::vector<std::uint64_t> positions_;
   // Open before HDF5 writes and synced through this descriptor: a write-back error in between is reported to it.
   std::optional<DirectFile> file_;

@@ -31,7 +31,8 @@ void unpack(std::string_view bytes, std::vector<T>& into) {
 std::string describe_slices(const StateView& view) {
   nlohmann::json slices = nlohmann::json::array();
   for (const StateSlice& slice : view.slices)
-    slices.push_back({slice.name, slice.field, slice.global_shape, slice.offset, slice.data.numel()});
+    slices.push_back({slice.name, slice.field, slice.global_shape, slice.offset, slice.data.numel(),
+                      dtype_name(slice.data.scalar_type())});
   return slices.dump();
 }
 
@@ -40,9 +41,9 @@ StateView join_slices(const std::vector<std::string>& descriptions, const nlohma
   view.run = run;
   for (const std::string& description : descriptions)
     for (const nlohmann::json& slice : nlohmann::json::parse(description))
-      view.slices.push_back(
-          {slice[0], slice[1], slice[2].get<std::vector<std::int64_t>>(), slice[3],
-           at::empty({slice[4].get<std::int64_t>()}, at::TensorOptions(at::kMeta).dtype(at::kFloat))});
+      view.slices.push_back({slice[0], slice[1], slice[2].get<std::vector<std::int64_t>>(), slice[3],
+                             at::empty({slice[4].get<std::int64_t>()},
+                                       at::TensorOptions(at::kMeta).dtype(dtype_of(slice[5].get<std::string>())))});
   return view;
 }
 

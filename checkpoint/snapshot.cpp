@@ -20,8 +20,9 @@ Snapshot::Snapshot(StateView view, std::size_t staging_bytes)
     : view_(std::move(view)), staging_bytes_(std::max(staging_bytes, kPieceBytes)) {
   for (std::size_t i = 0; i < view_.slices.size(); ++i) {
     const at::Tensor& data = view_.slices[i].data;
-    check_internal(data.scalar_type() == at::kFloat && data.is_contiguous() && data.device().is_cpu(),
-                   "a saved slice must be a contiguous fp32 tensor on the CPU");
+    dtype_name(data.scalar_type());  // fp32 or bf16
+    check_internal(data.is_contiguous() && data.device().is_cpu(),
+                   "a saved slice must be a contiguous tensor on the CPU");
     const auto* address = static_cast<const char*>(data.data_ptr());
     for (std::size_t begin = 0; begin < data.nbytes(); begin += kPieceBytes) {
       Entry entry;

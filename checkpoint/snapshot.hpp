@@ -24,7 +24,7 @@ class Snapshot : public PieceSource {
     double copy_seconds = 0, wait_seconds = 0;
   };
 
-  // The tensors of `view` are contiguous fp32 on the CPU. At most `staging_bytes` are held in copies (one piece at
+  // The tensors of `view` are contiguous, fp32 or bf16, on the CPU. At most `staging_bytes` are held in copies (one piece at
   // least, so that no size of it can block for ever).
   Snapshot(StateView view, std::size_t staging_bytes);
   Snapshot(const Snapshot&) = delete;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 #include <nlohmann/json.hpp>
 
 namespace shardtune {
@@ -16,8 +17,12 @@ struct StateSlice {
   std::string field;  // "value", "exp_avg", "exp_avg_sq"
   std::vector<std::int64_t> global_shape;
   std::int64_t offset = 0;  // first element of the slice in the flat global tensor
-  at::Tensor data;          // 1-d contiguous fp32; saved from or loaded into
+  at::Tensor data;          // 1-d contiguous, fp32 or bf16; saved from or loaded into (converted where it must be)
 };
+
+// "float32" or "bfloat16", the names of the format, and back. Error{internal} for other types and names.
+const char* dtype_name(c10::ScalarType dtype);
+c10::ScalarType dtype_of(const std::string& name);
 
 struct SideFile {
   std::string name;  // plain file name inside the checkpoint: "config.json", "tokenizer.json", ...

@@ -182,10 +182,15 @@ nlohmann::json import_model(const fs::path& model_dir, const fs::path& output_di
       write_checkpoint(output_dir, what, [&](std::size_t tensor, std::int64_t offset, const at::Tensor& into) {
         read_safetensors_slice(entries[tensor], offset, into);
       });
-  nlohmann::json report{{"checkpoint", written.string()}, {"tensors", entries.size()}, {"skipped", skipped}, {"refused_pickles", pickles}};
+  nlohmann::json report{{"checkpoint", written.string()},
+                        {"tensors", entries.size()},
+                        {"skipped", skipped},
+                        {"refused_pickles", pickles}};
   if (!pickles.empty())
-    report["hint"] = "pickles can run any program when read, so they are not: the weights were taken, optimizer and schedule begin anew. "
-                     "Train from this checkpoint with --model_name_or_path and give learning rate and steps as options";
+    report["hint"] =
+        "pickles can run any program when read, so they are not: the weights were taken, optimizer and schedule begin "
+        "anew. "
+        "Train from this checkpoint with --model_name_or_path and give learning rate and steps as options";
   return report;
 }
 
@@ -199,7 +204,7 @@ fs::path reshard_checkpoint(const fs::path& checkpoint_dir, const fs::path& outp
                          .run = manifest.run,
                          .side_files = read_side_files(checkpoint_dir, manifest)};
   for (const ManifestTensor& tensor : manifest.tensors)
-    what.tensors.push_back({tensor.name, tensor.field, tensor.shape});
+    what.tensors.push_back({tensor.name, tensor.field, tensor.shape, tensor.dtype});
   return write_checkpoint(output_dir, what, [&](std::size_t tensor, std::int64_t offset, const at::Tensor& into) {
     reader.read({{&manifest.tensors[tensor], offset, into}});
   });

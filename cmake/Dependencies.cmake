@@ -29,7 +29,7 @@ add_library(shardtune_torch INTERFACE)
 # -idirafter: the wheel ships its own fmt, which must not shadow the fmt that Debian's spdlog was built with.
 target_compile_options(shardtune_torch INTERFACE
   "SHELL:-idirafter ${torch_root}/include"
-  "SHELL:-idirafter ${torch_root}/include/torch/csrc/api/include" -fopenmp)
+  "SHELL:-idirafter ${torch_root}/include/torch/csrc/api/include" $<$<CXX_COMPILER_ID:GNU>:-fopenmp>)  # clang would want its own OpenMP
 file(GLOB gomp ${torch_root}/lib/libgomp*.so*)
 list(GET gomp 0 gomp)
 target_link_libraries(shardtune_torch INTERFACE torch::torch_cpu torch::c10 ${gomp})
@@ -53,4 +53,5 @@ find_package(Threads REQUIRED)
 pkg_check_modules(pcre2 REQUIRED IMPORTED_TARGET libpcre2-8)
 pkg_check_modules(utf8proc REQUIRED IMPORTED_TARGET libutf8proc)
 pkg_check_modules(xxhash REQUIRED IMPORTED_TARGET libxxhash)
+pkg_check_modules(zstd REQUIRED IMPORTED_TARGET libzstd)
 pkg_check_modules(fmt REQUIRED IMPORTED_TARGET fmt)

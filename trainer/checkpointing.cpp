@@ -16,27 +16,19 @@ StateSlice make_slice(const ShardedParameter& parameter, const char* field, cons
           .field = field,
           .global_shape = parameter.parameter->shape,
           .offset = parameter.slice_offset(),
-          // Checkpoints hold fp32; of other dtypes a copy is saved, or loaded into and then copied back (exactly).
-          .data = parameter.slice_of(like_master).to(at::kFloat)};
-}
-
-// What was loaded into copies goes to where it belongs. Frozen weights without an fp32 master never change.
-void copy_back(const StateView& view, AdamW& optimizer) {
-  std::size_t next = view.slices.size() - 2 * optimizer.states().size();
-  for (AdamW::State& state : optimizer.states()) {
-    for (const at::Tensor* moment : {&state.exp_avg, &state.exp_avg_sq}) {
-      const at::Tensor slice = state.parameter->slice_of(*moment);
-      const at::Tensor& loaded = view.slices[next++].data;
-      if (slice.scalar_type() != at::kFloat) slice.copy_(loaded);
-    }
-  }
+          .data = parameter.slice_of(like_master)};
 }
 
 }  // namespace
 
 StateView make_state_view(ParallelEngine& engine, AdamW* optimizer) {
   StateView view;
-  for (const ShardedParameter* p : engine.parameters()) view.slices.push_back(make_slice(*p, "value", p->master));
+  for (const ShardedParameter* p : engine.parameters()) {
+    view.slices.push_back(make_slice(*p, "value", p->master));
+    // Weights are always stored in fp32; frozen ones in another type, which never change, are copied.
+    at::Tensor& data = view.slices.back().data;
+    data = data.to(at::kFloat);
+  }
   if (optimizer != nullptr) {
     for (const AdamW::State& state : optimizer->states()) {
       view.slices.push_back(make_slice(*state.parameter, "exp_avg", state.exp_avg));
@@ -52,7 +44,6 @@ nlohmann::json load_checkpoint(CheckpointStore& store, const fs::path& directory
   nlohmann::json run = store.load(directory, view);
   engine.weights_loaded();
   if (optimizer != nullptr) {
-    copy_back(view, *optimizer);
     for (AdamW::State& state : optimizer->states()) {
       engine.gather_like_master(*state.parameter, state.exp_avg);
       engine.gather_like_master(*state.parameter, state.exp_avg_sq);

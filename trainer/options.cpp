@@ -65,6 +65,8 @@ void check_sizes(const TrainOptions& train) {
   need(train.checkpoint_staging_mb > 0, "checkpoint_staging_mb", train.checkpoint_staging_mb, "at least 1 is needed (--no_async_save saves without copies)");
   need(train.ranks_per_file > 0 && train.ranks_per_file < 100000, "ranks_per_file", train.ranks_per_file, "at least 1 is needed");
   need_one_of("on_save_error", train.on_save_error, {"continue", "stop"});
+  need_one_of("checkpoint_compression", train.checkpoint_compression, {"none", "zstd"});
+  need_one_of("on_save_overlap", train.on_save_overlap, {"wait", "skip"});
   need(train.seed >= 0, "seed", train.seed, "0 or more is needed");
   need(train.data_seed.value_or(0) >= 0, "data_seed", train.data_seed.value_or(0), "0 or more is needed");
 }

@@ -76,7 +76,10 @@ struct TrainOptions {
   bool async_save = true;                    // training goes on while a checkpoint is written
   std::int64_t checkpoint_staging_mb = 1024; // most memory per rank for copies of what training changes meanwhile
   std::int64_t ranks_per_file = 1;           // ranks of one host that write one checkpoint file together
+  std::string checkpoint_compression = "none";  // or "zstd"
+  std::string checkpoint_local_dir;          // disk of each node that saves go to first; empty = none
   std::string on_save_error = "continue";    // or "stop"
+  std::string on_save_overlap = "wait";      // or "skip"
   bool load_best_model_at_end = false;       // a new best evaluation is saved even where no save is due
   std::string metric_for_best_model;         // empty = "loss"
   std::optional<bool> greater_is_better;

@@ -2,6 +2,8 @@
 
 #include <chrono>
 
+#include <fmt/format.h>
+
 #include "core/error.hpp"
 #include "core/log.hpp"
 
@@ -10,7 +12,11 @@ namespace shardtune {
 Saver::Saver(CheckpointStore& store, SavePolicy policy, MakeView make_view)
     : store_(store), policy_(policy), make_view_(std::move(make_view)) {}
 
-void Saver::save(const RunState& state) {
+bool Saver::save(const RunState& state, bool is_required) {
+  if (policy_.skips_on_overlap && !is_required && store_.is_saving()) {
+    log::warn("checkpoint-{} is left out because the save before it is still under way (--on_save_overlap skip)", state.step);
+    return false;
+  }
   finish();
   held_up_seconds_ = 0;
   std::vector<std::int64_t> always_kept;
@@ -20,6 +26,7 @@ void Saver::save(const RunState& state) {
     store_.begin_save(state.step, make_view_(state), {policy_.keep, always_kept});
   });
   if (!policy_.in_background) finish();
+  return true;
 }
 
 void Saver::advance() {
@@ -52,9 +59,10 @@ void Saver::attempt(const std::function<void()>& step) {
 void Saver::report(const SaveReport& saved) const {
   constexpr double kMib = 1048576.0;
   const double mib = static_cast<double>(saved.bytes) / kMib;
-  log::info("checkpoint-{} committed: {:.1f} MiB in {:.2f} s (written in {:.2f} s, {:.0f} MiB/s); training was held up for {:.0f} ms, "
+  const std::string drained = saved.drain_seconds > 0 ? fmt::format(", drained in {:.2f} s", saved.drain_seconds) : "";
+  log::info("checkpoint-{} committed: {:.1f} MiB in {:.2f} s (written in {:.2f} s, {:.0f} MiB/s{}); training was held up for {:.0f} ms, "
             "copied {:.1f} MiB in {:.0f} ms, held at most {:.1f} MiB of copies",
-            saved.step, mib, saved.seconds, saved.write_seconds, mib / saved.write_seconds,
+            saved.step, mib, saved.seconds, saved.write_seconds, mib / saved.write_seconds, drained,
             1e3 * (held_up_seconds_ + saved.cost.wait_seconds), static_cast<double>(saved.cost.copied_bytes) / kMib,
             1e3 * saved.cost.copy_seconds, static_cast<double>(saved.cost.most_staged_bytes) / kMib);
 }

@@ -12,6 +12,7 @@ namespace shardtune {
 
 struct SavePolicy {
   bool in_background = true;
+  bool skips_on_overlap = false;  // a save that is due while one is under way is left out, else it waits
   bool stops_on_error = false;  // else the failure is reported, training goes on and the next save is tried
   int keep = 0;                 // save_total_limit; 0 = all
 };
@@ -25,8 +26,9 @@ class Saver {
 
   Saver(CheckpointStore& store, SavePolicy policy, MakeView make_view);
 
-  // Waits for a save that is under way, then starts one; returns when it is committed unless it runs in the background.
-  void save(const RunState& state);
+  // Starts a save and returns when it is committed unless it runs in the background. With one under way it waits for
+  // that or, unless `is_required`, does nothing, as the policy says. False when nothing was done.
+  bool save(const RunState& state, bool is_required);
   // This rank is still writing. Local; its maximum over the ranks travels in the control word of each step.
   bool is_working() const { return store_.is_working(); }
   // With the control word that says that no rank is working: takes the save, if any, to its next stage.

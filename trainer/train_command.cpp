@@ -34,12 +34,15 @@ class TrainRun {
       : options_(options),
         world_(world),
         store_(options.train.output_dir, world, static_cast<std::size_t>(options.train.checkpoint_staging_mb) << 20,
-               static_cast<int>(options.train.ranks_per_file)),
+               static_cast<int>(options.train.ranks_per_file), options.train.checkpoint_local_dir),
         saver_(store_,
                {.in_background = options.train.async_save,
+                .skips_on_overlap = options.train.on_save_overlap == "skip",
                 .stops_on_error = options.train.on_save_error == "stop",
                 .keep = static_cast<int>(options.train.save_total_limit)},
-               [this](const RunState& state) { return make_view(state); }) {}
+               [this](const RunState& state) { return make_view(state); }) {
+    store_.set_compression(options.train.checkpoint_compression == "zstd");
+  }
 
   int run();
 

@@ -39,7 +39,7 @@ TrainOutcome Trainer::run_steps() {
     const ControlWord word = share_control_word();
     if (!word.is_any_saving) parts_.saver.advance();
     if (word.must_stop) {
-      if (saved_step_ != state_.step || state_.step == 0) save_now();
+      if (saved_step_ != state_.step || state_.step == 0) save_now(true);
       parts_.saver.finish();
       if (!parts_.saver.has_failed()) log::info("stopped by a signal after step {} with a committed checkpoint", state_.step);
       return TrainOutcome::stopped_by_signal;
@@ -60,9 +60,8 @@ Trainer::ControlWord Trainer::share_control_word() {
   return {.must_stop = bits[0] != 0, .is_any_saving = bits[1] != 0};
 }
 
-void Trainer::save_now() {
-  parts_.saver.save(state_);
-  saved_step_ = state_.step;
+void Trainer::save_now(bool is_required) {
+  if (parts_.saver.save(state_, is_required)) saved_step_ = state_.step;
 }
 
 Trainer::StepResult Trainer::train_step(const StepBatches& batches) {
@@ -154,7 +153,7 @@ void Trainer::after_step(const StepResult& result) {
   if (is_due(settings_.logging) || (settings_.logging_first_step && state_.step == 1)) log_step(result);
   const bool is_best = is_due(settings_.eval) && parts_.evaluate && evaluate_and_compare();
   // The best model is kept whether or not a save is due, so that it can be loaded at the end.
-  if (is_best || is_due(settings_.save)) save_now();
+  if (is_best || is_due(settings_.save)) save_now(is_best || state_.step == settings_.max_steps);
 }
 
 void Trainer::log_step(const StepResult& result) {

@@ -73,7 +73,7 @@ class Trainer {
     bool must_stop = false, is_any_saving = false;
   };
   ControlWord share_control_word();
-  void save_now();
+  void save_now(bool is_required);
   void after_step(const StepResult& result);
   void log_step(const StepResult& result);
   void log_memory();

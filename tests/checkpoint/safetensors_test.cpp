@@ -102,6 +102,38 @@ TEST(SafetensorsHeader, HolesOverlapsAndRestsAreRefused) {
   EXPECT_REFUSED(R"({})", data, "describes 0 bytes");
 }
 
+// The shapes of the attacks that are published with the reference implementation, and of its audit.
+TEST(SafetensorsHeader, PublishedAttacksAreRefused) {
+  TempDir dir;
+  // The length of the header lies: it reaches into the data or past the end.
+  std::string bytes = file_with_header(kGood, kGoodData);
+  for (const std::uint64_t size : {std::uint64_t{1000}, std::uint64_t{std::string_view(kGood).size() + 3}}) {
+    std::memcpy(bytes.data(), &size, 8);
+    EXPECT_NE(verdict(dir, bytes), "") << size;
+  }
+  // Any number of tensors on the same bytes: a small file that would become any amount of memory.
+  std::string many = "{";
+  for (int i = 0; i < 100'000; ++i)
+    many += fmt::format(R"({}"weight_{}":{{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}})", i > 0 ? "," : "", i);
+  EXPECT_REFUSED(many + "}", std::string(16, 'x'), "overlaps");
+  // Another format hidden in front of, between or behind the tensors.
+  const std::string zip = "PK\x03\x04 and more";
+  EXPECT_REFUSED(R"({"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}})", "1234" + zip, "describes 4 bytes");
+  EXPECT_REFUSED(fmt::format(R"({{"a":{{"dtype":"U8","shape":[4],"data_offsets":[{},{}]}}}})", zip.size(), zip.size() + 4),
+                 zip + "1234", "hole");
+  EXPECT_NE(verdict(dir, zip + file_with_header(kGood, kGoodData)), "");
+}
+
+TEST(SafetensorsHeader, EmptyTensorsMayShareAPlace) {
+  TempDir dir;
+  put(dir / "e.safetensors", file_with_header(R"({"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},)"
+                                              R"("b":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},)"
+                                              R"("c":{"dtype":"F32","shape":[4,0],"data_offsets":[2,2]},)"
+                                              R"("d":{"dtype":"I64","shape":[0,3],"data_offsets":[2,2]}})",
+                                              "xy"));
+  EXPECT_EQ(read_safetensors_header(dir / "e.safetensors").size(), 4u);
+}
+
 TEST(SafetensorsHeader, NumbersThatAreNoSizesAreRefused) {
   TempDir dir;
   const std::string data(16, 'x');
@@ -141,7 +173,8 @@ TEST(SafetensorsHeader, DtypesMetadataAndStructureAreChecked) {
       R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}})",
       data, "twice");
   EXPECT_REFUSED(R"({"a":{"dtype":"F32","dtype":"F32","shape":[4],"data_offsets":[0,16]}})", data, "twice");
-  EXPECT_REFUSED(R"( {"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}})", data, "begin with");
+  EXPECT_REFUSED("\xef\xbb\xbf{\"a\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[0,16]}}", data, "begin with");
+  EXPECT_EQ(verdict(dir, file_with_header(" \n" + std::string(kGood), kGoodData)), "");  // as the reference has it
   EXPECT_REFUSED(R"([])", data, "begin with");
   EXPECT_REFUSED(R"({"a":{"dtype":"F32","shape":[[4]],"data_offsets":[0,16]}})", data, "integer");
   EXPECT_REFUSED(R"({"a":{"dtype":"F32","shape":[[[[[[4]]]]]],"data_offsets":[0,16]}})", data, "nested");

@@ -200,7 +200,8 @@ TEST(Import, ATrainerCheckpointGivesItsWeightsAndItsPicklesAreRefusedByName) {
   const fs::path model = fs::path(root) / "models/bert-micro-nli-checkpoint-79";
   TempDir dir;
   const nlohmann::json report = import_model(model, dir / "out");
-  EXPECT_EQ(report["refused_pickles"], nlohmann::json({"optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin"}));
+  EXPECT_EQ(report["refused_pickles"],
+            nlohmann::json({"optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin"}));
   EXPECT_NE(report["hint"].get<std::string>().find("optimizer and schedule begin anew"), std::string::npos);
   const fs::path imported = dir / "out/checkpoint-0";
   EXPECT_TRUE(verify_checkpoint(imported).empty());

@@ -81,10 +81,13 @@ class Storm {
 
 // None of these may change a bit.
 std::string Storm::random_options(int num_ranks) {
-  return fmt::format("--sharding {} --ranks_per_file {} --async_save {} --gradient_checkpointing {}",
-                     random_.next_below(2) == 0 ? "ddp" : "zero3",
-                     1 + random_.next_below(static_cast<std::uint64_t>(num_ranks)), random_.next_below(4) != 0,
-                     random_.next_below(2) == 0);
+  std::string text = random_.next_below(2) == 0 ? "--sharding ddp" : "--sharding zero3";
+  text += fmt::format(" --ranks_per_file {}", 1 + random_.next_below(static_cast<std::uint64_t>(num_ranks)));
+  if (random_.next_below(4) == 0) text += " --async_save false";
+  if (random_.next_below(2) == 0) text += " --gradient_checkpointing";
+  if (random_.next_below(3) == 0) text += " --checkpoint_compression zstd";
+  if (random_.next_below(3) == 0) text += fmt::format(" --checkpoint_local_dir {}.local", output_dir_.string());
+  return text;
 }
 
 // Two of three kills aim at the step of the protocol that was hit least, the others at any moment.
@@ -145,7 +148,7 @@ void Storm::expect_nothing_lost(int newest_before) {
 }
 
 void Storm::start_once(bool is_to_be_killed) {
-  if (has_ended_lap_) fs::remove_all(output_dir_);
+  if (has_ended_lap_) fs::remove_all(output_dir_), fs::remove_all(output_dir_.string() + ".local");
   has_ended_lap_ = false;
   fs::create_directories(output_dir_);
   const int num_ranks = 1 + static_cast<int>(random_.next_below(5));

@@ -47,7 +47,7 @@ const char* phase_of_partial(const fs::path& partial) {
     has_manifest |= name == "manifest.json";
     has_manifest_tmp |= name.starts_with("manifest") && name != "manifest.json";
     has_table |= is_shard && name.ends_with(".xxh3");
-    has_shard |= is_shard && name.ends_with(".h5");
+    has_shard |= is_shard && (name.ends_with(".h5") || name.ends_with(".h5.sz"));
     has_shard_tmp |= is_shard && name.ends_with(".h5.tmp");
   }
   if (has_manifest) return kSealed;

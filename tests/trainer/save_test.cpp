@@ -1,5 +1,7 @@
 // Saving while training goes on: the same checkpoints as saving in between, and what a failed save means for the run.
 #include <algorithm>
+#include <condition_variable>
+#include <fstream>
 #include <map>
 #include <mutex>
 #include <thread>
@@ -89,6 +91,43 @@ TEST(AsyncSave, GivesTheSameCheckpointsAsSavingInBetween) {
     EXPECT_NE(expected.at("2" + name), expected.at("4" + name));
     std::filesystem::remove_all(directory);
   }
+}
+
+// A writer that is slower than training: what is due meanwhile is left out, but never the end or the best step.
+TEST(OverlappingSaves, AreLeftOutWhereAskedTo) {
+  const auto directory = fresh_directory("overlapping_saves");
+  RunOptions options = save_often(directory);
+  options.train.save_steps = 1;
+  options.train.on_save_overlap = "skip";
+  std::mutex mutex;
+  std::condition_variable changed;
+  bool may_go_on = false;
+  set_save_phase_hook([&](const char* phase, std::int64_t step) {
+    const std::string_view name(phase);
+    std::unique_lock lock(mutex);
+    // The first save is held until the one of the end is due, which waits for it.
+    if (name == "shard_created" && step == 1) changed.wait_for(lock, std::chrono::seconds(60), [&] { return may_go_on; });
+  });
+  std::thread releaser([&] {
+    // Training does not wait for the writer, so the metrics of the last step appear while it is held.
+    const auto metrics = std::filesystem::path(options.train.output_dir) / "metrics.jsonl";
+    for (int i = 0; i < 6000; ++i) {
+      std::ifstream in(metrics);
+      const std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+      if (text.find("\"step\":9") != std::string::npos || text.find("\"step\": 9") != std::string::npos) break;
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    const std::lock_guard lock(mutex);
+    may_go_on = true;
+    changed.notify_all();
+  });
+  EXPECT_EQ(train(options, 2), 0);
+  releaser.join();
+  set_save_phase_hook(nullptr);
+  std::vector<std::int64_t> steps;
+  for (const CheckpointInfo& info : list_checkpoints(options.train.output_dir)) steps.push_back(info.step);
+  EXPECT_EQ(steps, (std::vector<std::int64_t>{9, 1}));
+  std::filesystem::remove_all(directory);
 }
 
 // Fails the save of one step on one rank.
