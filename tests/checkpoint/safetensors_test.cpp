@@ -124,6 +124,11 @@ TEST(SafetensorsHeader, PublishedAttacksAreRefused) {
   EXPECT_NE(verdict(dir, zip + file_with_header(kGood, kGoodData)), "");
 }
 
+TEST(SafetensorsHeader, ANulByteIsNoEndOfTheHeader) {
+  TempDir dir;
+  EXPECT_REFUSED(std::string("{}  \0 {", 7), "", "NUL byte at byte 4");
+}
+
 TEST(SafetensorsHeader, EmptyTensorsMayShareAPlace) {
   TempDir dir;
   put(dir / "e.safetensors", file_with_header(R"({"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},)"

@@ -151,7 +151,7 @@ def main():
         result = subprocess.run([PROGRAM], stdin=stream, capture_output=True, check=True)
     ours = result.stdout.decode("utf-8", "replace").split("\n")[:-1]
     assert len(ours) == MUTANTS, (len(ours), MUTANTS)
-    accepted = differing = too_large = 0
+    accepted = differing = too_large = twice = 0
     for data, line in zip(mutants, ours):
         wanted, reason = reference(data)
         accepted += wanted
@@ -161,13 +161,17 @@ def main():
             if wanted and number and int(number[1]) >= 2**63:
                 too_large += 1
                 continue
+            # The format forbids a key twice; the reference takes the last one.
+            if wanted and "appears twice in one object" in line:
+                twice += 1
+                continue
             differing += 1
             if differing <= 20:
                 print(f"reference {'accepts' if wanted else 'refuses'} {reason!r}\n  ours: {line[:300]}\n  {data[:200]!r}")
     assert MUTANTS / 20 < accepted < MUTANTS * 19 / 20, f"{accepted} accepted: such mutants show nothing"
     good_enough = differing == 0
     print(f"{'ok  ' if good_enough else 'MISS'} verdicts on {MUTANTS} mutants ({accepted} accepted), differing: {differing} (bar: <= 0); "
-          f"{too_large} with an extent beyond int64 and no elements are refused by ours alone")
+          f"{too_large} with an extent beyond int64 and no elements, {twice} with a key twice are refused by ours alone")
     sys.exit(0 if good_enough else 1)
 
 
