@@ -87,6 +87,7 @@ SafetensorsEntry parse_entry(const std::filesystem::path& file, const std::strin
 }
 
 void check_metadata(const std::filesystem::path& file, const nlohmann::json& metadata) {
+  if (metadata.is_null()) return;  // as the reference implementation has it
   if (!metadata.is_object()) refuse(file, "__metadata__ is no object");
   for (const auto& [key, value] : metadata.items())
     if (!value.is_string()) refuse(file, fmt::format("__metadata__ '{}' is no string", key));

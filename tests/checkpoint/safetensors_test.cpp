@@ -173,6 +173,7 @@ TEST(SafetensorsHeader, DtypesMetadataAndStructureAreChecked) {
   EXPECT_REFUSED(R"({"a":[4]})", data, "no object");
   EXPECT_REFUSED(R"({"__metadata__":{"format":1},"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}})", data,
                  "no string");
+  EXPECT_EQ(verdict(dir, file_with_header(R"({"__metadata__":null})", "")), "");
   EXPECT_REFUSED(R"({"__metadata__":[],"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}})", data, "no object");
   EXPECT_REFUSED(
       R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}})",
