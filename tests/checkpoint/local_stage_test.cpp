@@ -44,7 +44,9 @@ void save_at(const Place& place, std::int64_t step, int num_ranks, bool fails = 
       said.insert(e.what());
     }
   });
-  if (fails) EXPECT_EQ(said.count(*said.begin()), static_cast<std::size_t>(num_ranks));
+  if (fails) {
+    EXPECT_EQ(said.count(*said.begin()), static_cast<std::size_t>(num_ranks));
+  }
 }
 
 // A job that dies when its part is whole on the local disks and not yet drained.
