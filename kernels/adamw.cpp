@@ -8,7 +8,7 @@
 
 #include "core/error.hpp"
 #include "core/rng.hpp"
-#include "kernels/instruction_set.hpp"
+#include "kernels/simd.hpp"
 
 namespace shardtune {
 namespace {
@@ -98,31 +98,6 @@ template <bool kSmallWeight, class Moment>
   }
 }
 
-// Wider registers only: without contraction every instruction set gives the same bits (tested).
-template <bool kSmallWeight, class Moment>
-void update_baseline(const Pointers<Moment>& p, std::int64_t begin, std::int64_t end, const Factors& f) {
-  update<kSmallWeight>(p, begin, end, f);
-}
-
-#if defined(__x86_64__)
-template <bool kSmallWeight, class Moment>
-__attribute__((target("avx2"))) void update_avx2(const Pointers<Moment>& p, std::int64_t begin, std::int64_t end,
-                                                 const Factors& f) {
-  update<kSmallWeight>(p, begin, end, f);
-}
-#endif
-
-template <class Moment>
-using Update = void (*)(const Pointers<Moment>&, std::int64_t, std::int64_t, const Factors&);
-
-template <class Moment>
-Update<Moment> choose_update(bool small_weight) {
-#if defined(__x86_64__)
-  if (instruction_set() >= InstructionSet::avx2) return small_weight ? update_avx2<true, Moment> : update_avx2<false, Moment>;
-#endif
-  return small_weight ? update_baseline<true, Moment> : update_baseline<false, Moment>;
-}
-
 void* checked_data(const at::Tensor& tensor, std::int64_t numel, at::ScalarType dtype) {
   check_internal(tensor.defined() && tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.dim() == 1 &&
                      tensor.numel() == numel && tensor.is_cpu(),
@@ -138,9 +113,17 @@ void run_step(const AdamWSlice& slice, const Factors& factors, at::ScalarType mo
                                   static_cast<Moment*>(checked_data(slice.exp_avg_sq, numel, moment_dtype)),
                                   static_cast<const float*>(checked_data(slice.grad, numel, at::kFloat)),
                                   static_cast<std::uint32_t>(slice.offset)};
-  const Update<Moment> run = choose_update<Moment>(factors.one_minus_beta1 < 0.5F);
+  const bool has_small_weight = factors.one_minus_beta1 < 0.5F;
   constexpr std::int64_t kGrain = 1 << 15;
-  at::parallel_for(0, numel, kGrain, [&](std::int64_t begin, std::int64_t end) { run(pointers, begin, end, factors); });
+  at::parallel_for(0, numel, kGrain, [&](std::int64_t begin, std::int64_t end) {
+    simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
+      if (has_small_weight) {
+        update<true>(pointers, begin, end, factors);
+      } else {
+        update<false>(pointers, begin, end, factors);
+      }
+    });
+  });
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Writes the golden files of this folder with the real Hugging Face libraries: small random models, one batch of
-uneven examples run one by one (no padding), logits, summed loss, gradients, and three AdamW steps.
+uneven examples run one by one (no padding), logits, summed loss, gradients, and three AdamW steps. The case `optimizers`
+holds what torch's optimizers make of one vector over many steps.
 
 Run with torch 2.11 and transformers 5 on a CPU:  python make_golden.py [NAME ...]
 """
@@ -112,7 +113,38 @@ def llama(name, **changes):
     write(name, randomized(LlamaForCausalLM(config), 6), {"rows": rows, "labels": flat(labels)}, causal_forward)
 
 
+OPTIMIZERS = {  # name: (class, options, steps)
+    "adamw": (torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.01}, 1000),
+    "adamw_other_betas": (torch.optim.AdamW, {"lr": 3e-3, "betas": (0.4, 0.95), "eps": 1e-6, "weight_decay": 0.1}, 1000),
+    "sgd": (torch.optim.SGD, {"lr": 0.05}, 200),
+    "sgd_decay": (torch.optim.SGD, {"lr": 0.05, "weight_decay": 0.02}, 200),
+    "sgd_momentum": (torch.optim.SGD, {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.02}, 200),
+    "sgd_nesterov": (torch.optim.SGD, {"lr": 0.02, "momentum": 0.8, "nesterov": True, "weight_decay": 0.02}, 200),
+}
+
+
+def optimizers():
+    """The gradient at step t (from 1) is curvature * (p - roll(target, t)): it follows from what the test has, too."""
+    generator = torch.Generator().manual_seed(7)
+    start, target = (torch.randn(517, generator=generator) for _ in range(2))
+    curvature = torch.rand(517, generator=generator) + 0.1
+    tensors = {"start": start, "target": target, "curvature": curvature}
+    for name, (optimizer_class, options, steps) in OPTIMIZERS.items():
+        p = torch.nn.Parameter(start.clone())
+        optimizer = optimizer_class([p], **options, foreach=False, fused=False)
+        for step in range(1, steps + 1):
+            p.grad = curvature * (p.detach() - target.roll(step))
+            optimizer.step()
+            if step in (1, 10, steps):
+                tensors[f"{name}.{step}"] = p.detach().clone()
+        state = optimizer.state[p]
+        tensors |= {f"{name}.{key}": state[key].clone() for key in ("exp_avg", "exp_avg_sq", "momentum_buffer")
+                    if state.get(key) is not None}
+    save_file(tensors, HERE / "optimizers.safetensors", metadata={"format": "pt"})
+
+
 CASES = {
+    "optimizers": optimizers,
     "bert": lambda: bert("bert"),
     "bert_tanh_gelu": lambda: bert("bert_tanh_gelu", hidden_act="gelu_new", layer_norm_eps=1e-5),
     "gpt2": lambda: gpt2("gpt2"),

@@ -22,6 +22,7 @@
 #include "kernels/gated_mlp.hpp"
 #include "kernels/norm.hpp"
 #include "kernels/rope.hpp"
+#include "kernels/sgd.hpp"
 #include "tests/kernels/support.hpp"
 
 namespace shardtune::testing {
@@ -76,16 +77,32 @@ void add_kernels(Digest& digest, std::int64_t width, at::ScalarType dtype) {
   digest.add(linear_cross_entropy_sum(hidden, head, ids, {.loss_scale = 0.3, .chunk_rows = 32}), {hidden, head});
 }
 
+void add_optimizers(Digest& digest, std::int64_t numel) {
+  const auto numbers = [&](std::uint64_t key) { return random_tensor(key, {numel}); };
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    for (const double beta1 : {0.9, 0.4}) {
+      const AdamWSlice slice{numbers(1), numbers(2).to(dtype), numbers(3).abs().to(dtype), numbers(4)};
+      adamw_step(slice, {.beta1 = beta1, .weight_decay = 0.01, .step = 3});
+      for (const at::Tensor& tensor : {slice.param, slice.exp_avg, slice.exp_avg_sq}) digest.add(tensor);
+    }
+  }
+  for (const double decay : {0.0, 0.01}) {
+    const SgdSlice plain{numbers(1), {}, numbers(4)};
+    sgd_step(plain, {.weight_decay = decay, .grad_scale = 0.3});
+    digest.add(plain.param);
+    for (const bool nesterov : {false, true}) {
+      const SgdSlice slice{numbers(1), numbers(2), numbers(4)};
+      sgd_step(slice, {.momentum = 0.9, .weight_decay = decay, .nesterov = nesterov, .grad_scale = 0.3});
+      for (const at::Tensor& tensor : {slice.param, slice.momentum_buffer}) digest.add(tensor);
+    }
+  }
+}
+
 std::string digest_of_all_kernels() {
   Digest digest;
   for (const std::int64_t width : {5, 16, 33, 200, 1003})
     for (const at::ScalarType dtype : kDtypes) add_kernels(digest, width, dtype);
-  for (const std::int64_t numel : {1, 37, 1003}) {
-    const AdamWSlice slice{random_tensor(1, {numel}), random_tensor(2, {numel}), random_tensor(3, {numel}).abs(),
-                           random_tensor(4, {numel})};
-    adamw_step(slice, {.weight_decay = 0.01, .step = 3});
-    for (const at::Tensor& tensor : {slice.param, slice.exp_avg, slice.exp_avg_sq}) digest.add(tensor);
-  }
+  for (const std::int64_t numel : {1, 37, 1003}) add_optimizers(digest, numel);
   return digest.text();
 }
 

@@ -13,6 +13,12 @@
 namespace shardtune::testing {
 namespace {
 
+std::filesystem::path golden_folder() {
+  const char* source = std::getenv("SHARDTUNE_SOURCE_DIR");
+  if (source == nullptr) throw std::runtime_error("SHARDTUNE_SOURCE_DIR is not set; run this test through ctest");
+  return std::filesystem::path(source) / "tests/golden";
+}
+
 at::Tensor read_tensor(const SafetensorsEntry& entry) {
   if (entry.dtype == "I64") {
     at::Tensor values = at::empty(entry.shape, at::kLong);
@@ -51,14 +57,17 @@ std::vector<Parameter*> all_parameters(Model& model) {
   return all;
 }
 
+std::map<std::string, at::Tensor> load_golden_tensors(const std::string& name) {
+  std::map<std::string, at::Tensor> tensors;
+  for (const auto& [key, entry] : read_safetensors_header(golden_folder() / (name + ".safetensors")))
+    tensors[key] = read_tensor(entry);
+  return tensors;
+}
+
 Golden load_golden(const std::string& name) {
-  const char* source = std::getenv("SHARDTUNE_SOURCE_DIR");
-  if (source == nullptr) throw std::runtime_error("SHARDTUNE_SOURCE_DIR is not set; run this test through ctest");
-  const std::filesystem::path folder = std::filesystem::path(source) / "tests/golden";
   Golden golden;
-  for (const auto& [key, entry] : read_safetensors_header(folder / (name + ".safetensors")))
-    golden.tensors[key] = read_tensor(entry);
-  golden.config = read_json_file(folder / (name + ".json"));
+  golden.tensors = load_golden_tensors(name);
+  golden.config = read_json_file(golden_folder() / (name + ".json"));
   ModelRequest request;
   request.config = &golden.config;
   request.origin = name + ".json";

@@ -20,6 +20,8 @@ struct Golden {
 };
 
 Golden load_golden(const std::string& name);
+// Every tensor of NAME.safetensors, of a case that is no model as well.
+std::map<std::string, at::Tensor> load_golden_tensors(const std::string& name);
 std::vector<Parameter*> all_parameters(Model& model);
 // Segments [first, last) of a batch as a batch of their own.
 Batch cut_batch(const Batch& batch, std::int64_t first, std::int64_t last);

@@ -1,0 +1,82 @@
+#include "kernels/sgd.hpp"
+
+#include <cstdint>
+
+#include <ATen/Parallel.h>
+
+#include "core/error.hpp"
+#include "kernels/simd.hpp"
+
+namespace shardtune {
+namespace {
+
+struct Factors {  // rounded to fp32 as ATen rounds its scalars
+  float minus_lr;
+  float momentum;
+  float weight_decay;
+  float grad_scale;
+};
+
+struct Pointers {
+  float* __restrict param;
+  float* __restrict buffer;  // not looked at without momentum
+  const float* __restrict grad;
+};
+
+enum class Kind { plain, momentum, nesterov };
+
+template <Kind kKind, bool kDecays>
+[[gnu::always_inline]] inline void update(const Pointers& p, std::int64_t begin, std::int64_t end, const Factors& f) {
+  for (std::int64_t i = begin; i < end; ++i) {
+    float g = p.grad[i] * f.grad_scale;
+    if constexpr (kDecays) g = g + f.weight_decay * p.param[i];  // 0 * infinity would be NaN
+    if constexpr (kKind != Kind::plain) {
+      const float b = p.buffer[i] * f.momentum + g;
+      p.buffer[i] = b;
+      g = kKind == Kind::nesterov ? g + f.momentum * b : b;
+    }
+    p.param[i] = p.param[i] + f.minus_lr * g;
+  }
+}
+
+template <Kind kKind>
+void run_step(const Pointers& pointers, std::int64_t numel, const Factors& factors) {
+  constexpr std::int64_t kGrain = 1 << 15;
+  at::parallel_for(0, numel, kGrain, [&](std::int64_t begin, std::int64_t end) {
+    simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
+      if (factors.weight_decay != 0.0F) {
+        update<kKind, true>(pointers, begin, end, factors);
+      } else {
+        update<kKind, false>(pointers, begin, end, factors);
+      }
+    });
+  });
+}
+
+float* checked_data(const at::Tensor& tensor, std::int64_t numel) {
+  check_internal(tensor.defined() && tensor.scalar_type() == at::kFloat && tensor.is_contiguous() &&
+                     tensor.dim() == 1 && tensor.numel() == numel && tensor.is_cpu(),
+                 "sgd_step: needs 1-d contiguous fp32 CPU tensors of equal size");
+  return static_cast<float*>(tensor.data_ptr());
+}
+
+}  // namespace
+
+void sgd_step(const SgdSlice& slice, const SgdOptions& options) {
+  const bool has_momentum = options.momentum != 0.0;
+  check_internal(has_momentum || !options.nesterov, "sgd_step: nesterov needs momentum");
+  check_internal(has_momentum == slice.momentum_buffer.defined(), "sgd_step: momentum and its buffer go together");
+  const std::int64_t numel = slice.param.numel();
+  const Pointers pointers{checked_data(slice.param, numel),
+                          has_momentum ? checked_data(slice.momentum_buffer, numel) : nullptr,
+                          checked_data(slice.grad, numel)};
+  const Factors factors{.minus_lr = static_cast<float>(-options.lr),
+                        .momentum = static_cast<float>(options.momentum),
+                        .weight_decay = static_cast<float>(options.weight_decay),
+                        .grad_scale = static_cast<float>(options.grad_scale)};
+  if (options.nesterov) return run_step<Kind::nesterov>(pointers, numel, factors);
+  if (has_momentum) return run_step<Kind::momentum>(pointers, numel, factors);
+  run_step<Kind::plain>(pointers, numel, factors);
+}
+
+}  // namespace shardtune
