@@ -60,7 +60,8 @@ void add_batch_rows(OptionTable& table, TrainOptions& train) {
 
 void add_optimizer_rows(OptionTable& table, TrainOptions& train) {
   table.begin_group("Optimizer", kTrain);
-  table.add("optim", train.optim, "adamw_torch", "adamw_torch (adamw_torch_fused is the same)");
+  table.add("optim", train.optim, "NAME", "adamw_torch (adamw_torch_fused is the same) or sgd");
+  table.add("optim_args", train.optim_args, "A=B,...", "of sgd: momentum=0.9,nesterov=true");
   table.add("learning_rate", train.learning_rate, "peak learning rate");
   table.add("weight_decay", train.weight_decay, "not applied to biases and normalisation weights");
   table.add("adam_beta1", train.adam_beta1, "");

@@ -11,7 +11,7 @@ namespace shardtune {
 namespace fs = std::filesystem;
 namespace {
 
-StateSlice make_slice(const ShardedParameter& parameter, const char* field, const at::Tensor& like_master) {
+StateSlice make_slice(const ShardedParameter& parameter, const std::string& field, const at::Tensor& like_master) {
   return {.name = parameter.parameter->name,
           .field = field,
           .global_shape = parameter.parameter->shape,
@@ -21,7 +21,7 @@ StateSlice make_slice(const ShardedParameter& parameter, const char* field, cons
 
 }  // namespace
 
-StateView make_state_view(ParallelEngine& engine, AdamW* optimizer) {
+StateView make_state_view(ParallelEngine& engine, Optimizer* optimizer) {
   StateView view;
   for (const ShardedParameter* p : engine.parameters()) {
     view.slices.push_back(make_slice(*p, "value", p->master));
@@ -30,24 +30,22 @@ StateView make_state_view(ParallelEngine& engine, AdamW* optimizer) {
     data = data.to(at::kFloat);
   }
   if (optimizer != nullptr) {
-    for (const AdamW::State& state : optimizer->states()) {
-      view.slices.push_back(make_slice(*state.parameter, "exp_avg", state.exp_avg));
-      view.slices.push_back(make_slice(*state.parameter, "exp_avg_sq", state.exp_avg_sq));
+    for (const Optimizer::State& state : optimizer->states()) {
+      for (std::size_t i = 0; i < state.tensors.size(); ++i)
+        view.slices.push_back(make_slice(*state.parameter, optimizer->state_names()[i], state.tensors[i]));
     }
   }
   return view;
 }
 
-nlohmann::json load_checkpoint(CheckpointStore& store, const fs::path& directory, ParallelEngine& engine, AdamW* optimizer) {
+nlohmann::json load_checkpoint(CheckpointStore& store, const fs::path& directory, ParallelEngine& engine, Optimizer* optimizer) {
   const at::NoGradGuard no_grad;
   StateView view = make_state_view(engine, optimizer);
   nlohmann::json run = store.load(directory, view);
   engine.weights_loaded();
   if (optimizer != nullptr) {
-    for (AdamW::State& state : optimizer->states()) {
-      engine.gather_like_master(*state.parameter, state.exp_avg);
-      engine.gather_like_master(*state.parameter, state.exp_avg_sq);
-    }
+    for (Optimizer::State& state : optimizer->states())
+      for (const at::Tensor& tensor : state.tensors) engine.gather_like_master(*state.parameter, tensor);
   }
   return run;
 }

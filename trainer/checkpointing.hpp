@@ -12,13 +12,13 @@
 
 namespace shardtune {
 
-// This rank's distinct slices of masters and, with an optimizer, of its moments. The tensors are views: loading into
+// This rank's distinct slices of masters and, with an optimizer, of its state. The tensors are views: loading into
 // them loads this rank's part of the run.
-StateView make_state_view(ParallelEngine& engine, AdamW* optimizer);
+StateView make_state_view(ParallelEngine& engine, Optimizer* optimizer);
 
-// Loads values (and moments) and makes them whole under ddp. Returns the run state stored in the checkpoint.
+// Loads values (and optimizer state) and makes them whole under ddp. Returns the run state stored in the checkpoint.
 nlohmann::json load_checkpoint(CheckpointStore& store, const std::filesystem::path& directory, ParallelEngine& engine,
-                               AdamW* optimizer);
+                               Optimizer* optimizer);
 
 // What --resume_from_checkpoint, --overwrite_output_dir and the content of output_dir mean together: the checkpoint
 // directory to resume from, empty for a fresh start. Error{config} for an output directory that holds checkpoints

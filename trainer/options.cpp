@@ -8,6 +8,7 @@
 
 #include "core/error.hpp"
 #include "distributed/parallel/sharding_plan.hpp"
+#include "trainer/optimizer.hpp"
 #include "trainer/schedule.hpp"
 
 namespace shardtune {
@@ -71,8 +72,13 @@ void check_sizes(const TrainOptions& train) {
   need(train.data_seed.value_or(0) >= 0, "data_seed", train.data_seed.value_or(0), "0 or more is needed");
 }
 
-void check_optimizer(const TrainOptions& train) {
-  need_one_of("optim", train.optim, {"adamw_torch", "adamw_torch_fused"});
+void check_optimizer(const RunOptions& options) {
+  const TrainOptions& train = options.train;
+  const OptimizerSettings settings = optimizer_settings(train);  // refuses what does not fit together
+  const auto& given = options.explicitly_set;
+  for (const char* name : {"adam_beta1", "adam_beta2", "adam_epsilon"})
+    if (settings.name == "sgd" && std::find(given.begin(), given.end(), name) != given.end())
+      fail(ErrorKind::config, fmt::format("--{} is AdamW's, --optim is sgd; leave one of them out", name));
   need(std::isfinite(train.learning_rate) && train.learning_rate >= 0, "learning_rate", train.learning_rate, "0 or more is needed");
   need(std::isfinite(train.weight_decay) && train.weight_decay >= 0, "weight_decay", train.weight_decay, "0 or more is needed");
   need(train.adam_beta1 >= 0 && train.adam_beta1 < 1, "adam_beta1", train.adam_beta1, "0 to below 1 is needed");
@@ -137,7 +143,7 @@ void validate(const RunOptions& options, const std::string& command) {
   if (options.data.train_file.empty()) fail(ErrorKind::config, "--train_file is missing: the rows to train on");
   if (train.output_dir.empty()) fail(ErrorKind::config, "--output_dir is missing: where checkpoints and the trained model go");
   check_sizes(train);
-  check_optimizer(train);
+  check_optimizer(options);
   check_intervals(train, !options.data.validation_file.empty());
 }
 

@@ -51,6 +51,7 @@ struct TrainOptions {
   double learning_rate = 5e-5, weight_decay = 0.0, adam_beta1 = 0.9, adam_beta2 = 0.999, adam_epsilon = 1e-8;
   double max_grad_norm = 1.0;
   std::string optim = "adamw_torch";
+  std::string optim_args;                    // sgd: "momentum=0.9,nesterov=true"
   std::string lr_scheduler_type = "linear";  // linear, constant, constant_with_warmup
   double warmup_steps = 0;                   // below 1: a share of all steps
   double warmup_ratio = 0;

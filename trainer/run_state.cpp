@@ -13,6 +13,7 @@
 #include "core/error.hpp"
 #include "core/hash.hpp"
 #include "core/json.hpp"
+#include "trainer/optimizer.hpp"
 
 namespace shardtune {
 namespace {
@@ -45,7 +46,8 @@ nlohmann::json RunIdentity::to_json() const {
           {"seed", seed},
           {"data_seed", data_seed},
           {"train_sampling_strategy", train_sampling_strategy},
-          {"dataloader_drop_last", dataloader_drop_last}};
+          {"dataloader_drop_last", dataloader_drop_last},
+          {"optimizer", optimizer}};
 }
 
 RunIdentity RunIdentity::from_json(const nlohmann::json& json, const std::string& origin) {
@@ -66,6 +68,7 @@ RunIdentity RunIdentity::from_json(const nlohmann::json& json, const std::string
   id.data_seed = integer("data_seed");
   id.train_sampling_strategy = text("train_sampling_strategy");
   id.dataloader_drop_last = json_get<bool>(json, "dataloader_drop_last", origin);
+  id.optimizer = json_get_or<std::string>(json, "optimizer", id.optimizer, origin);
   return id;
 }
 
@@ -85,6 +88,7 @@ RunIdentity fresh_identity(const RunOptions& options, int num_ranks) {
   id.data_seed = train.data_seed.value_or(train.seed);
   id.train_sampling_strategy = train.train_sampling_strategy;
   id.dataloader_drop_last = train.dataloader_drop_last;
+  id.optimizer = optimizer_family(optimizer_settings(train));
   return id;
 }
 
@@ -105,6 +109,13 @@ void adopt_identity(const RunIdentity& stored, RunOptions& options) {
 }
 
 void check_same_run(const RunIdentity& stored, const RunIdentity& now) {
+  if (stored.optimizer != now.optimizer)
+    fail(ErrorKind::config, fmt::format("--optim: the run being resumed was trained by {} and its state is of no use to {}; give the --optim "
+                                        "and --optim_args it was started with, or start a new run from its weights with "
+                                        "--model_name_or_path and another --output_dir",
+                                        stored.optimizer, now.optimizer));
+  if (stored.task != now.task)
+    fail(ErrorKind::config, fmt::format("--task = {} contradicts the run being resumed ({})", now.task, stored.task));
   if (stored.model_hash != now.model_hash)
     fail(ErrorKind::data,
          "the checkpoint belongs to another model: its configuration differs from the one given by --model_name_or_path "

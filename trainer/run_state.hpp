@@ -25,6 +25,7 @@ struct RunIdentity {
   std::int64_t seed = 0, data_seed = 0;
   std::string train_sampling_strategy;
   bool dataloader_drop_last = false;
+  std::string optimizer = "adamw";           // optimizer_family(): whose state the checkpoints hold
 
   nlohmann::json to_json() const;
   static RunIdentity from_json(const nlohmann::json& json, const std::string& origin);

@@ -71,7 +71,7 @@ class TrainRun {
   std::unique_ptr<Dataset> train_data_, eval_data_;
   RunState state_;
   std::unique_ptr<ParallelEngine> engine_;
-  std::unique_ptr<AdamW> optimizer_;
+  std::unique_ptr<Optimizer> optimizer_;
   TrainerSettings settings_;
 };
 
@@ -165,13 +165,10 @@ void TrainRun::decide_identity() {
 void TrainRun::load_weights() {
   const TrainOptions& train = options_.train;
   engine_ = std::make_unique<ParallelEngine>(model_->units(), world_, parallel_options(train, world_));
-  optimizer_ = std::make_unique<AdamW>(*engine_, AdamWSettings{.beta1 = train.adam_beta1,
-                                                               .beta2 = train.adam_beta2,
-                                                               .epsilon = train.adam_epsilon,
-                                                               .weight_decay = train.weight_decay,
-                                                               .state_dtype = train.adam_state_dtype == "bf16" ? at::kBFloat16 : at::kFloat});
-  optimizer_->set_before_update([this](const AdamW::State& state) {
-    for (const at::Tensor& tensor : {state.parameter->master, state.exp_avg, state.exp_avg_sq}) store_.preserve(tensor);
+  optimizer_ = std::make_unique<Optimizer>(*engine_, optimizer_settings(train));
+  optimizer_->set_before_update([this](const Optimizer::State& state) {
+    store_.preserve(state.parameter->master);
+    for (const at::Tensor& tensor : state.tensors) store_.preserve(tensor);
   });
   const auto seed = static_cast<std::uint64_t>(state_.identity.seed);
   if (!resume_from_.empty()) {

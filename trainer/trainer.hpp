@@ -41,7 +41,7 @@ struct TrainerSettings {
 struct TrainerParts {
   Model& model;
   ParallelEngine& engine;
-  AdamW& optimizer;
+  Optimizer& optimizer;
   const LearningRateSchedule& schedule;
   StepLoader& loader;
   Communicator& world;

@@ -19,6 +19,7 @@ namespace fs = std::filesystem;
 using testing_support::fresh_directory;
 using testing_support::make_tiny_run;
 using testing_support::MakeHooks;
+using testing_support::resume_on_threads;
 using testing_support::sha256_of;
 using testing_support::TinyFamily;
 using testing_support::train_on_threads;
@@ -33,18 +34,6 @@ RunOptions tiny_options(const fs::path& directory, TinyFamily family) {
   return options;
 }
 
-// Continues a finished run's directory from its checkpoint of step 3, in a copy.
-std::string resume(RunOptions options, int num_ranks, const std::string& name) {
-  const std::string copy = options.train.output_dir + "_" + name;
-  fs::copy(options.train.output_dir, copy, fs::copy_options::recursive);
-  fs::remove_all(copy + "/checkpoint-6");
-  fs::remove_all(copy + "/model");
-  fs::remove(copy + "/latest");
-  options.train.output_dir = copy;
-  options.train.resume_from_checkpoint = "true";
-  return train_on_threads(options, num_ranks);
-}
-
 void expect_one_hash(const std::string& name, const std::function<void(TrainOptions&)>& adjust) {
   for (const TinyFamily family : {TinyFamily::bert, TinyFamily::llama}) {
     const auto directory = fresh_directory(fmt::format("precision_{}_{}", name, static_cast<int>(family)));
@@ -52,7 +41,7 @@ void expect_one_hash(const std::string& name, const std::function<void(TrainOpti
     adjust(options.train);
     options.train.output_dir = directory / "reference";
     const std::string wanted = train_on_threads(options, 1);
-    EXPECT_EQ(resume(options, 3, "resumed"), wanted) << name;
+    EXPECT_EQ(resume_on_threads(options, 3, 3), wanted) << name;
     for (const char* plan : {"ddp", "zero1", "zero2", "zero3", "hsdp"}) {
       options.train.sharding = plan;
       options.train.hsdp_shard_size = plan == std::string("hsdp") ? 2 : 0;
@@ -107,7 +96,7 @@ TEST(Precision, AnOverflowOnOneRankIsSkippedByAllAndHalvesTheScale) {
     EXPECT_EQ(after.at("step"), 6) << plan;
     // The loss scale and the count of skipped steps are part of the run: resumed on another number of ranks it ends alike.
     const std::string disturbed = sha256_of(directory / "disturbed/model/model.safetensors");
-    EXPECT_EQ(resume(options, 3, "resumed"), disturbed) << plan;
+    EXPECT_EQ(resume_on_threads(options, 3, 3), disturbed) << plan;
     fs::remove_all(directory);
   }
 }
