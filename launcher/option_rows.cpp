@@ -119,7 +119,7 @@ void add_parallel_rows(OptionTable& table, TrainOptions& train) {
   table.add("gradient_checkpointing_every", train.gradient_checkpointing_every, "recompute every n-th layer only");
   table.add("gradient_checkpointing_mode", train.gradient_checkpointing_mode, "full|selective", "selective keeps the output of attention");
   table.add("activation_memory_budget", train.activation_memory_budget, "MiB of activations a rank may keep; only layers beyond it are recomputed; 0 = off");
-  table.add("reduction", train.reduction, "tree", "tree: the same bits at any number of ranks");
+  table.add("reduction", train.reduction, "tree|fast", "tree: the same bits at any number of ranks; fast: the same bits at the same number under the same plan only");
 }
 
 void add_inference_rows(OptionTable& table, InferenceOptions& inference) {

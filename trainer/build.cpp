@@ -61,6 +61,7 @@ ParallelOptions parallel_options(const TrainOptions& train, Communicator& world)
   ParallelOptions options{.plan = resolve_sharding_plan(request),
                           .hsdp_shard_size = request.hsdp_shard_size,
                           .compute_dtype = train.bf16 ? at::kBFloat16 : train.fp16 ? at::kHalf : at::kFloat,
+                          .reduction = train.reduction == "fast" ? Reduction::fast : Reduction::tree,
                           .reduce_dtype = train.reduce_dtype == "bf16" ? at::kBFloat16 : at::kFloat,
                           .recompute = {.every = train.gradient_checkpointing_every,
                                         .budget_bytes = train.activation_memory_budget << 20}};
@@ -73,6 +74,12 @@ ParallelOptions parallel_options(const TrainOptions& train, Communicator& world)
   if (options.plan.shard_axis == MeshAxis::node && options.hsdp_shard_size == 0)
     options.hsdp_shard_size = ranks_per_node(world, host_name());
   return options;
+}
+
+std::string describe_reduction(const ParallelOptions& options, int num_ranks) {
+  if (options.reduction == Reduction::tree) return "tree";
+  const std::string shards = options.hsdp_shard_size > 0 ? fmt::format(" of {}", options.hsdp_shard_size) : "";
+  return fmt::format("fast, {}{} on {} ranks", options.plan.name, shards, num_ranks);
 }
 
 void freeze_parameters(Model& model, const std::vector<std::string>& patterns) {

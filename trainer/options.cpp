@@ -88,7 +88,7 @@ void check_optimizer(const RunOptions& options) {
   need(std::isfinite(train.warmup_steps) && train.warmup_steps >= 0, "warmup_steps", train.warmup_steps, "0 or more is needed");
   need(train.warmup_ratio >= 0 && train.warmup_ratio <= 1, "warmup_ratio", train.warmup_ratio, "a share from 0 to 1 is needed");
   const LearningRateSchedule schedule(train.lr_scheduler_type, train.learning_rate, 0, 1);  // refuses an unknown name
-  need_one_of("reduction", train.reduction, {"tree"});
+  need_one_of("reduction", train.reduction, {"tree", "fast"});
   need_one_of("loss_normalization", train.loss_normalization, {"global"});
   need_one_of("train_sampling_strategy", train.train_sampling_strategy, {"random", "sequential"});
 }

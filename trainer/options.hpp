@@ -40,7 +40,7 @@ struct TrainOptions {
   bool share_frozen_weights = false;         // ddp, zero1, zero2: one copy per node
   std::int64_t ddp_bucket_cap_mb = 0;        // MiB of a communication buffer; 0 = the engine's choice
   std::string adam_state_dtype = "fp32";     // or "bf16"
-  std::string reduction = "tree";
+  std::string reduction = "tree";            // or "fast"
   std::string loss_normalization = "global";
   std::int64_t per_device_train_batch_size = 8, per_device_eval_batch_size = 8;
   std::int64_t gradient_accumulation_steps = 1;

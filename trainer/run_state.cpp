@@ -128,22 +128,24 @@ void check_same_run(const RunIdentity& stored, const RunIdentity& now) {
     fail(ErrorKind::data, "--train_file changed since the run was started; restore it, or start a new run in another --output_dir");
 }
 
-nlohmann::json describe_environment(const RunOptions& options) {
+nlohmann::json describe_environment(const RunOptions& options, const std::string& reduction) {
   return {{"torch", TORCH_VERSION},
           {"cpu", at::get_cpu_capability()},
           {"threads_per_rank", at::get_num_threads()},
           {"bf16", options.train.bf16},
           {"fp16", options.train.fp16},
+          {"reduction", reduction},
           {"reduce_dtype", options.train.reduce_dtype},
           {"adam_state_dtype", options.train.adam_state_dtype}};
 }
 
 std::vector<std::string> environment_differences(const nlohmann::json& stored, const nlohmann::json& now) {
   std::vector<std::string> differences;
-  for (const auto& [key, value] : now.items())
-    if (!stored.contains(key) || stored.at(key) != value)
-      differences.push_back(fmt::format("{}: {} before, {} now", key, stored.contains(key) ? stored.at(key).dump() : "?",
-                                        value.dump()));
+  for (const auto& [key, value] : now.items()) {
+    // Checkpoints of before there was a choice do not name it.
+    const nlohmann::json before = stored.contains(key) ? stored.at(key) : nlohmann::json(key == "reduction" ? "tree" : "?");
+    if (before != value) differences.push_back(fmt::format("{}: {} before, {} now", key, before.dump(), value.dump()));
+  }
   return differences;
 }
 

@@ -42,7 +42,8 @@ void adopt_identity(const RunIdentity& stored, RunOptions& options);
 void check_same_run(const RunIdentity& stored, const RunIdentity& now);
 
 // Environment in which bits are promised; where it differs on resume the differences are returned as text.
-nlohmann::json describe_environment(const RunOptions& options);
+// reduction: see describe_reduction.
+nlohmann::json describe_environment(const RunOptions& options, const std::string& reduction);
 std::vector<std::string> environment_differences(const nlohmann::json& stored, const nlohmann::json& now);
 
 struct RunState {

@@ -70,6 +70,7 @@ class TrainRun {
   std::unique_ptr<Model> model_;
   std::unique_ptr<Dataset> train_data_, eval_data_;
   RunState state_;
+  ParallelOptions parallel_;
   std::unique_ptr<ParallelEngine> engine_;
   std::unique_ptr<Optimizer> optimizer_;
   TrainerSettings settings_;
@@ -78,6 +79,7 @@ class TrainRun {
 int TrainRun::run() {
   check_same_options(options_, world_);
   warn_of_slow_precision(options_.train);
+  parallel_ = parallel_options(options_.train, world_);
   prepare_output_dir();
   find_run_to_resume();
   build_data_and_model();
@@ -118,7 +120,7 @@ void TrainRun::find_run_to_resume() {
                                         resume_from_.string(), resume_from_.string()));
   resumed_ = RunState::from_json(stored.at("state"), resume_from_.string());
   adopt_identity(resumed_->identity, options_);
-  for (const std::string& difference : environment_differences(stored.at("environment"), describe_environment(options_)))
+  for (const std::string& difference : environment_differences(stored.at("environment"), describe_environment(options_, describe_reduction(parallel_, world_.size()))))
     log::warn("resuming under other conditions, so the result is no longer promised bit for bit: {}", difference);
 }
 
@@ -164,7 +166,7 @@ void TrainRun::decide_identity() {
 
 void TrainRun::load_weights() {
   const TrainOptions& train = options_.train;
-  engine_ = std::make_unique<ParallelEngine>(model_->units(), world_, parallel_options(train, world_));
+  engine_ = std::make_unique<ParallelEngine>(model_->units(), world_, parallel_);
   optimizer_ = std::make_unique<Optimizer>(*engine_, optimizer_settings(train));
   optimizer_->set_before_update([this](const Optimizer::State& state) {
     store_.preserve(state.parameter->master);
@@ -196,7 +198,7 @@ nlohmann::json TrainRun::evaluate_now() {
 
 StateView TrainRun::make_view(const RunState& state) {
   StateView view = make_state_view(*engine_, optimizer_.get());
-  view.run = {{"step", state.step}, {"run_id", state.identity.run_id}, {"state", state.to_json()}, {"environment", describe_environment(options_)}};
+  view.run = {{"step", state.step}, {"run_id", state.identity.run_id}, {"state", state.to_json()}, {"environment", describe_environment(options_, describe_reduction(parallel_, world_.size()))}};
   if (world_.rank() == 0) {
     for (auto& [name, content] : companion_files(*model_, source_)) view.side_files.push_back({name, content});
     view.side_files.push_back({"trainer_state.json", hf_trainer_state(state, options_, settings_.max_steps, settings_.steps_per_epoch)});

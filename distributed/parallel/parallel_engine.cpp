@@ -40,7 +40,7 @@ ParallelEngine::ParallelEngine(std::vector<Unit*> units, Communicator& world, Pa
     : options_(checked(options)),
       grid_(world, options_.plan, options_.hsdp_shard_size),
       buffers_(grid_, memory_.buffers),
-      reducer_(context(), options_.probe),
+      reducer_(make_gradient_reducer(options_.reduction, context(), options_.probe)),
       runner_({.recompute = options_.recompute, .reshard_after_forward = options_.plan.reshard_after_forward},
               [this](ShardUnit& unit) { complete(unit); }) {
   for (Unit* unit : units) {
@@ -181,7 +181,7 @@ void ParallelEngine::reshard_roots() noexcept {
 
 void ParallelEngine::begin_step(std::int64_t num_micro_batches) {
   schedule_.emplace(options_.plan, RoundSchedule::Shape{grid_.num_shards(), grid_.num_replicas()}, num_micro_batches);
-  reducer_.begin_step(*schedule_);
+  reducer_->begin_step(*schedule_);
   next_finish_ = 0;
   for (const auto& unit : units_) {
     unit->drop_gather();
@@ -210,7 +210,7 @@ bool ParallelEngine::is_last_of_rank(std::int64_t round) const {
 void ParallelEngine::complete(ShardUnit& unit) {
   expect(Phase::in_micro_batch, "backward");
   completed_.push_back(&unit);
-  reducer_.add(unit, round_);
+  reducer_->add(unit, round_);
   if (is_last_of_rank(round_)) finish_ready_units();
 }
 
@@ -218,7 +218,7 @@ void ParallelEngine::finish_ready_units() {
   while (next_finish_ < finish_order_.size()) {
     ShardUnit* const next = finish_order_[next_finish_];
     if (std::find(completed_.begin(), completed_.end(), next) == completed_.end()) return;
-    reducer_.finish(*next);
+    reducer_->finish(*next);
     ++next_finish_;
   }
 }
@@ -244,8 +244,8 @@ void ParallelEngine::finish_step() {
   complete_kept_copies();
   drop_gathers();
   reshard_roots();
-  while (next_finish_ < finish_order_.size()) reducer_.finish(*finish_order_[next_finish_++]);
-  reducer_.finish_all();
+  while (next_finish_ < finish_order_.size()) reducer_->finish(*finish_order_[next_finish_++]);
+  reducer_->finish_all();
   phase_ = Phase::finished;
 }
 

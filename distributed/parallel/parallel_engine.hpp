@@ -23,10 +23,10 @@
 #include <string>
 #include <vector>
 
+#include "distributed/parallel/gradient_reducer.hpp"
 #include "distributed/parallel/memory_use.hpp"
 #include "distributed/parallel/shard_unit.hpp"
 #include "distributed/parallel/sharded_runner.hpp"
-#include "distributed/parallel/tree_reducer.hpp"
 
 namespace shardtune {
 
@@ -34,8 +34,9 @@ struct ParallelOptions {
   ShardingPlan plan;                          // from resolve_sharding_plan
   int hsdp_shard_size = 0;                    // ranks per replica under hsdp, see ranks_per_node
   at::ScalarType compute_dtype = at::kFloat;  // kFloat, kBFloat16 or kHalf
-  // kFloat or kBFloat16: each micro-batch's gradients are rounded to it before they are summed (in fp32) and travel so;
-  // sums of several micro-batches travel in fp32.
+  Reduction reduction = Reduction::tree;
+  // kFloat or kBFloat16. tree: each micro-batch's gradients are rounded to it before they are summed (in fp32) and travel
+  // so; sums of several micro-batches travel in fp32. fast: whatever travels is rounded to it.
   at::ScalarType reduce_dtype = at::kFloat;
   std::int64_t bucket_bytes = kDefaultBucketBytes;
   std::string share_frozen_on_host = {};  // not empty: kept frozen weights exist once among ranks of the same name
@@ -120,7 +121,7 @@ class ParallelEngine {
   std::vector<std::unique_ptr<ShardUnit>> units_;  // in the model's order
   std::vector<ShardedParameter*> parameters_;
   std::vector<ShardedParameter*> trainable_;
-  TreeReducer reducer_;
+  std::unique_ptr<GradientReducer> reducer_;
   ShardedRunner runner_;
   Phase phase_ = Phase::idle;
   std::optional<RoundSchedule> schedule_;

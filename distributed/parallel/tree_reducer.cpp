@@ -14,7 +14,7 @@ TreeReducer::TreeReducer(const ShardContext& context, GradientProbe probe)
 
 void TreeReducer::begin_step(const RoundSchedule& schedule) {
   schedule_ = schedule;
-  finishing_.clear();
+  forget_finishing();
   under_way_ = nullptr;
   sums_.clear();
   count_partials();
@@ -174,25 +174,6 @@ bool TreeReducer::advance(ShardUnit& unit) {
         return false;
     }
   }
-}
-
-void TreeReducer::finish(ShardUnit& unit) {
-  const std::deque<ShardUnit*> earlier = std::exchange(finishing_, {});
-  const bool is_under_way = advance(unit);
-  for (ShardUnit* other : earlier) {
-    if (advance(*other)) finishing_.push_back(other);
-  }
-  if (is_under_way) finishing_.push_back(&unit);
-  count_partials();
-}
-
-void TreeReducer::finish_all() {
-  while (!finishing_.empty()) {
-    ShardUnit* const unit = finishing_.front();
-    finishing_.pop_front();
-    if (advance(*unit)) finishing_.push_back(unit);
-  }
-  count_partials();
 }
 
 void TreeReducer::count_partials() {

@@ -8,39 +8,27 @@
 //   then every replica gathers the finished slices of its shard.
 // An axis of size one needs no exchange. Communication is issued and waited for later, see finish().
 #include <cstdint>
-#include <deque>
-#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
-#include <string>
 #include <vector>
 
-#include "distributed/parallel/round_schedule.hpp"
-#include "distributed/parallel/shard_unit.hpp"
+#include "distributed/parallel/gradient_reducer.hpp"
 #include "distributed/parallel/tree_accumulator.hpp"
 #include "distributed/parallel/tree_exchange.hpp"
 
 namespace shardtune {
 
-// Test seam: sees (and may spoil) what leaves this rank for the owners: flat gradients, one per trainable parameter.
-using GradientProbe = std::function<void(const std::string& unit_name, const Pieces& gradients)>;
-
-// Not thread-safe. Collective calls: every rank makes them for the same units in the same order.
-class TreeReducer {
+class TreeReducer : public GradientReducer {
  public:
   TreeReducer(const ShardContext& context, GradientProbe probe);
 
-  // Local. Forgets everything of an earlier step.
-  void begin_step(const RoundSchedule& schedule);
-  // Takes the unit's .grad as the leaf of this rank's micro-batch in `round`; a rank without one contributes nothing
-  // and its .grad is discarded. Collective when the plan reduces every micro-batch: for every unit with trainable
-  // parameters once per round. Waits for the exchange that the add() before issued.
-  void add(ShardUnit& unit, std::int64_t round);
-  // Collective, once per unit after its last add(). Starts the unit's way to ShardedParameter::gradient and moves the
-  // units before it one stage on, so that their communication had the time since the last call to run.
-  void finish(ShardUnit& unit);
-  void finish_all();  // collective; completes every unit given to finish()
+  void begin_step(const RoundSchedule& schedule) override;
+  void add(ShardUnit& unit, std::int64_t round) override;
+
+ protected:
+  bool advance(ShardUnit& unit) override;
+  void count_partials() override;
 
  private:
   struct Exchange {
@@ -77,16 +65,12 @@ class TreeReducer {
   void issue_over_replicas(ShardUnit& unit, UnitSums& sums);
   void round_leaves(const Pieces& gradients) const;
   void merge(UnitSums& sums);
-  // Runs the unit's stages until something is under way (true) or the unit has its gradient (false).
-  bool advance(ShardUnit& unit);
-  void count_partials();
 
   ShardContext context_;
   GradientProbe probe_;
   std::optional<RoundSchedule> schedule_;
   std::map<const ShardUnit*, UnitSums> sums_;  // looked up by unit only, never iterated for order
   UnitSums* under_way_ = nullptr;              // of the last add()
-  std::deque<ShardUnit*> finishing_;
 };
 
 }  // namespace shardtune

@@ -80,6 +80,7 @@ ParallelOptions parallel_options(const ToyRun& run, int num_ranks) {
   return {.plan = resolve_sharding_plan(request),
           .hsdp_shard_size = request.hsdp_shard_size,
           .compute_dtype = run.dtype,
+          .reduction = run.reduction,
           .reduce_dtype = run.reduce_dtype,
           .bucket_bytes = run.bucket_bytes,
           .share_frozen_on_host = run.share_frozen_on_host,

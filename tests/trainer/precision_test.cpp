@@ -108,5 +108,24 @@ TEST(Precision, TheSameInfinityEndsARunThatHasNoLossScale) {
   fs::remove_all(directory);
 }
 
+TEST(FastReduction, GivesTheSameBitsAgainAndResumesOnOtherRanks) {
+  const auto directory = fresh_directory("fast");
+  RunOptions options = tiny_options(directory, TinyFamily::llama);
+  options.train.global_batch_size = 20;  // five micro-batches: sums of fewer have the order of the tree by chance
+  options.train.output_dir = directory / "tree";
+  const std::string tree = train_on_threads(options, 3);
+  options.train.reduction = "fast";
+  for (const char* plan : {"ddp", "zero1", "zero2", "zero3", "hsdp"}) {
+    options.train.sharding = plan;
+    options.train.hsdp_shard_size = plan == std::string("hsdp") ? 1 : 0;
+    options.train.output_dir = directory / plan;
+    const std::string fast = train_on_threads(options, 3);
+    EXPECT_NE(fast, tree) << plan << " added in the order of the tree";
+    EXPECT_EQ(resume_on_threads(options, 3, 3), fast) << plan;
+    EXPECT_NE(resume_on_threads(options, 2, 3), fast) << plan << ": accepted, but bits are not promised";
+  }
+  fs::remove_all(directory);
+}
+
 }  // namespace
 }  // namespace shardtune

@@ -61,7 +61,7 @@ std::string difference(const Content& found, const Content& wanted) {
 }
 
 // Spoils what a rank has loaded: what a bug in loading would do.
-using Spoil = std::function<void(int rank, const ParallelEngine& engine, AdamW& optimizer)>;
+using Spoil = std::function<void(int rank, const ParallelEngine& engine, Optimizer& optimizer)>;
 
 // Loads a checkpoint into model, engine and optimizer at `num_ranks` and saves what is there then.
 fs::path load_and_save(RunOptions options, const fs::path& from, int num_ranks, const fs::path& output_dir,
@@ -71,7 +71,7 @@ fs::path load_and_save(RunOptions options, const fs::path& from, int num_ranks, 
     ModelSource source = find_model_source(options.model);
     const std::unique_ptr<Model> model = build_model(source, options.model, kLabels);
     ParallelEngine engine(model->units(), world, parallel_options(options.train, world));
-    AdamW optimizer(engine, {.state_dtype = options.train.adam_state_dtype == "bf16" ? at::kBFloat16 : at::kFloat});
+    Optimizer optimizer(engine, optimizer_settings(options.train));
     CheckpointStore store(output_dir, world, std::size_t{1} << 20, static_cast<int>(options.train.ranks_per_file));
     const nlohmann::json run = load_checkpoint(store, from, engine, &optimizer);
     const RunState state = RunState::from_json(run.at("state"), from.string());
@@ -188,10 +188,10 @@ TEST(Reshard, OneBitThatIsLoadedWrongIsSeen) {
   train_on_threads(options, 2);
   const fs::path original = directory / "trained/checkpoint-2";
   const Content wanted = content_of(original);
-  const auto spoil = [](int rank, const ParallelEngine&, AdamW& optimizer) {
+  const auto spoil = [](int rank, const ParallelEngine&, Optimizer& optimizer) {
     if (rank != 2) return;
-    for (AdamW::State& state : optimizer.states()) {
-      const at::Tensor slice = state.parameter->slice_of(state.exp_avg_sq);
+    for (Optimizer::State& state : optimizer.states()) {
+      const at::Tensor slice = state.parameter->slice_of(state.tensors.back());
       if (slice.numel() == 0) continue;
       *static_cast<std::uint32_t*>(slice.data_ptr()) ^= 1;
       return;

@@ -1,0 +1,163 @@
+#include "distributed/parallel/fast_reducer.hpp"
+
+#include <algorithm>
+#include <utility>
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+
+#include "core/error.hpp"
+
+namespace shardtune {
+
+FastReducer::FastReducer(const ShardContext& context, GradientProbe probe)
+    : context_(context), probe_(std::move(probe)) {}
+
+void FastReducer::begin_step(const RoundSchedule& schedule) {
+  schedule_ = schedule;
+  forget_finishing();
+  under_way_ = nullptr;
+  sums_.clear();
+  count_partials();
+}
+
+Pieces FastReducer::take(ShardUnit& unit, UnitSum& unit_sum) {
+  Pieces gradients = unit.take_gradients();
+  unit_sum.held_bytes = 0;
+  if (probe_) probe_(unit.unit().name, gradients);
+  return gradients;
+}
+
+void FastReducer::add(ShardUnit& unit, std::int64_t round) {
+  check_internal(schedule_.has_value(), "FastReducer: no step has begun");
+  const at::NoGradGuard no_grad;
+  UnitSum& unit_sum = sums_[&unit];
+  if (!context_.plan.runs_every_round()) {
+    // Nobody runs a micro-batch that is not his: what lies in .grad is his sum so far, and may stay there.
+    unit_sum.held_bytes = 0;
+    for (const ShardedParameter& p : unit.parameters()) {
+      const at::Tensor& gradient = p.parameter->value.grad();
+      if (gradient.defined()) unit_sum.held_bytes += static_cast<std::int64_t>(gradient.nbytes());
+    }
+    return count_partials();
+  }
+  Pieces gradients;
+  if (schedule_->micro_batch(context_.grid.world().rank(), round) >= 0) {
+    gradients = take(unit, unit_sum);
+  } else {
+    unit.drop_gradients();
+  }
+  if (context_.grid.num_shards() > 1) {
+    if (under_way_ != nullptr) merge(*under_way_);
+    issue_over_shards(unit, unit_sum, std::exchange(gradients, {}));
+    under_way_ = &unit_sum;
+  } else if (unit_sum.whole.empty()) {
+    unit_sum.whole = std::move(gradients);
+  } else {
+    for (std::size_t i = 0; i < gradients.size(); ++i) unit_sum.whole[i].add_(gradients[i]);
+  }
+  count_partials();
+}
+
+void FastReducer::issue(UnitSum& unit_sum, const Axis& axis, std::vector<Pieces> parts) {
+  const at::ScalarType dtype = context_.reduce_dtype;
+  const auto own_rank = static_cast<std::size_t>(axis.ranks.rank());
+  const std::int64_t per_rank = axis.buckets.numel_per_rank(dtype);
+  const std::int64_t chunks = num_chunks(axis.counts, per_rank);
+  unit_sum.out = at::empty({axis.counts[own_rank]}, dtype);
+  BucketStream::Steps steps;
+  steps.start = [=, &ranks = axis.ranks, counts = axis.counts, out = unit_sum.out, parts = std::move(parts)](
+                    std::int64_t chunk, const at::Tensor& bucket) mutable {
+    const std::vector<std::int64_t> in_chunk = counts_of_chunk(counts, chunk, per_rank);
+    const at::Tensor in_bucket = bucket.view(dtype);
+    const Pieces places = split_bucket(in_bucket, in_chunk);
+    for (std::size_t rank = 0; rank < places.size(); ++rank) {
+      if (parts.empty()) {
+        places[rank].zero_();
+      } else {
+        copy_out(parts[rank], chunk * per_rank, places[rank]);
+      }
+    }
+    if (chunk + 1 == chunks) parts.clear();  // they are freed as soon as they are in buckets
+    const std::int64_t begin = std::min(chunk * per_rank, out.numel());
+    return ranks.reduce_scatter(out.narrow(0, begin, in_chunk[own_rank]), in_bucket.narrow(0, 0, num_elements(places)),
+                                in_chunk);
+  };
+  steps.finish = [](std::int64_t, const at::Tensor&) {};
+  unit_sum.stream = std::make_unique<BucketStream>(axis.buckets, chunks, std::move(steps));
+  unit_sum.stream->start_all();
+}
+
+void FastReducer::issue_over_shards(ShardUnit& unit, UnitSum& unit_sum, const Pieces& gradients) {
+  std::vector<Pieces> parts;
+  if (!gradients.empty()) parts = unit.slices_of_shards(gradients);
+  issue(unit_sum, {context_.grid.shards(), context_.buffers.shards, unit.shard_counts()}, std::move(parts));
+}
+
+void FastReducer::issue_over_replicas(ShardUnit& unit, UnitSum& unit_sum) {
+  const int num_replicas = context_.grid.num_replicas();
+  const auto first = unit.packed_counts().begin() + static_cast<std::ptrdiff_t>(context_.grid.shard()) * num_replicas;
+  const std::vector<std::int64_t> counts(first, first + num_replicas);
+  std::vector<Pieces> parts;
+  if (context_.grid.num_shards() == 1) {
+    unit_sum.spare = std::exchange(unit_sum.whole, {});
+    if (!unit_sum.spare.empty()) parts = unit.slices_of_ranks(unit_sum.spare);
+  } else {
+    for (const at::Tensor& part : split_bucket(std::exchange(unit_sum.sum, {}), counts)) parts.push_back({part});
+  }
+  issue(unit_sum, {context_.grid.replicas(), context_.buffers.replicas, counts}, std::move(parts));
+}
+
+void FastReducer::merge(UnitSum& unit_sum) {
+  if (under_way_ == &unit_sum) under_way_ = nullptr;
+  if (!unit_sum.stream) return;
+  const at::NoGradGuard no_grad;
+  unit_sum.stream->finish();
+  unit_sum.stream.reset();
+  const at::Tensor out = std::exchange(unit_sum.out, {});
+  unit_sum.sum = unit_sum.sum.defined() ? unit_sum.sum.add_(out) : out.to(at::kFloat);
+}
+
+bool FastReducer::advance(ShardUnit& unit) {
+  UnitSum& unit_sum = sums_[&unit];  // new where this rank had no micro-batch: its part is zero
+  const bool has_replicas = context_.grid.num_replicas() > 1;
+  for (;;) {
+    switch (unit_sum.stage++) {
+      case 0:
+        if (!context_.plan.runs_every_round()) {
+          unit_sum.whole = take(unit, unit_sum);
+          if (context_.grid.num_shards() > 1) issue_over_shards(unit, unit_sum, std::exchange(unit_sum.whole, {}));
+        }
+        if (unit_sum.stream) return true;
+        break;
+      case 1:
+        merge(unit_sum);
+        if (!has_replicas) break;
+        issue_over_replicas(unit, unit_sum);
+        return true;
+      case 2:
+        merge(unit_sum);
+        if (unit_sum.sum.defined()) unit_sum.whole = {std::exchange(unit_sum.sum, {})};
+        unit.begin_gradients(std::exchange(unit_sum.whole, {}), std::exchange(unit_sum.spare, {}));
+        if (has_replicas) return true;
+        break;
+      default:
+        unit.finish_gradients();
+        sums_.erase(&unit);
+        return false;
+    }
+  }
+}
+
+void FastReducer::count_partials() {
+  std::int64_t bytes = 0;
+  for (const auto& [unit, unit_sum] : sums_) {
+    bytes += unit_sum.held_bytes +
+             (num_elements(unit_sum.whole) + num_elements(unit_sum.spare)) * static_cast<std::int64_t>(sizeof(float));
+    for (const at::Tensor& tensor : {unit_sum.sum, unit_sum.out})
+      if (tensor.defined()) bytes += static_cast<std::int64_t>(tensor.nbytes());
+  }
+  context_.memory.partial_sums.set(bytes);
+}
+
+}  // namespace shardtune
