@@ -30,7 +30,7 @@ void write_tokenizer(const fs::path& directory, TinyFamily family) {
     added.push_back({{"id", vocab[token]}, {"content", token}, {"single_word", false}, {"lstrip", false},
                      {"rstrip", false}, {"normalized", false}, {"special", true}});
   nlohmann::json post = nullptr;
-  if (family == TinyFamily::bert)
+  if (family != TinyFamily::llama)
     post = {{"type", "BertProcessing"}, {"sep", {"[SEP]", 3}}, {"cls", {"[CLS]", 2}}};
   write_json(directory / "tokenizer.json",
              {{"version", "1.0"},
@@ -52,6 +52,10 @@ nlohmann::json model_config(TinyFamily family) {
     return {{"architectures", {"BertForSequenceClassification"}}, {"model_type", "bert"}, {"vocab_size", vocab},
             {"hidden_size", 24}, {"num_hidden_layers", 3}, {"num_attention_heads", 3}, {"intermediate_size", 40},
             {"max_position_embeddings", 40}, {"hidden_dropout_prob", 0.1}, {"attention_probs_dropout_prob", 0.1}};
+  if (family == TinyFamily::minilm)
+    return {{"architectures", {"BertForSequenceClassification"}}, {"model_type", "bert"}, {"vocab_size", vocab},
+            {"hidden_size", 384}, {"num_hidden_layers", 6}, {"num_attention_heads", 12}, {"intermediate_size", 1536},
+            {"max_position_embeddings", 512}, {"hidden_dropout_prob", 0.1}, {"attention_probs_dropout_prob", 0.1}};
   return {{"architectures", {"LlamaForCausalLM"}}, {"model_type", "llama"}, {"vocab_size", vocab},
           {"hidden_size", 32}, {"num_hidden_layers", 3}, {"num_attention_heads", 4}, {"num_key_value_heads", 2},
           {"intermediate_size", 44}, {"max_position_embeddings", 40}, {"rms_norm_eps", 1e-5},
@@ -85,7 +89,7 @@ RunOptions make_tiny_run(const fs::path& directory, TinyFamily family) {
   write_rows(directory / "validation.jsonl", 17, 2);
   RunOptions options;
   options.model.config_name = model.string();
-  options.model.task = family == TinyFamily::bert ? "text-classification" : "causal-lm";
+  options.model.task = family == TinyFamily::llama ? "causal-lm" : "text-classification";
   options.data.train_file = (directory / "train.jsonl").string();
   options.data.validation_file = (directory / "validation.jsonl").string();
   options.train.output_dir = (directory / "out").string();

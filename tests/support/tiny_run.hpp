@@ -7,7 +7,8 @@
 
 namespace shardtune::testing_support {
 
-enum class TinyFamily { bert, llama };
+// minilm: a bert of the shape of MiniLM-L6 but for the vocabulary, 11 million parameters.
+enum class TinyFamily { bert, llama, minilm };
 
 // Creates DIR/model (config.json, tokenizer.json) and DIR/{train,validation}.jsonl and returns options that train it:
 // random weights, dropout on, 4 examples a micro-batch, output in DIR/out.

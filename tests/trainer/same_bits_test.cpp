@@ -1,6 +1,11 @@
-// The promise of the project: the number of ranks, the plan and recomputation do not change a bit of the result.
+// The promise of the project: the number of ranks, the plan, recomputation and interruptions do not change a bit of the
+// result. SHARDTUNE_SAME_BITS=full runs everything, with a model of the shape of MiniLM-L6; that takes an hour or two.
+#include <array>
+#include <cstdlib>
 #include <functional>
 #include <map>
+#include <string_view>
+#include <vector>
 
 #include <ATen/ATen.h>
 #include <fmt/format.h>
@@ -14,6 +19,7 @@ namespace {
 
 using testing_support::fresh_directory;
 using testing_support::make_tiny_run;
+using testing_support::resume_on_threads;
 using testing_support::sha256_of;
 using testing_support::TinyFamily;
 using testing_support::train_on_threads;
@@ -36,38 +42,107 @@ std::string train(RunOptions options, int num_ranks, const std::string& name, co
   });
 }
 
-void expect_one_hash(TinyFamily family, int accumulation, bool bf16) {
-  const auto directory = fresh_directory(fmt::format("same_bits_{}_{}_{}", static_cast<int>(family), accumulation, bf16));
-  RunOptions options = make_tiny_run(directory, family);
-  options.train.max_steps = 50;
-  options.train.global_batch_size = 4 * accumulation;
-  options.train.bf16 = bf16;
-  std::map<std::string, std::string> hashes;
-  for (const int ranks : {1, 2, 3, 4, 5}) {
-    for (const char* plan : {"ddp", "zero3"}) {
-      for (const bool checkpointing : {false, true}) {
-        options.train.sharding = plan;
-        options.train.gradient_checkpointing = checkpointing;
-        const std::string name = fmt::format("{}_{}_{}", plan, ranks, checkpointing);
-        hashes[name] = train(options, ranks, name);
-      }
-    }
+// Every plan at 1 to 8 ranks, or, without SHARDTUNE_SAME_BITS=full, a part of these that each group of the tests below
+// chooses differently, so that together they have every plan and every number of ranks several times.
+constexpr std::array kPlans{"ddp", "zero1", "zero2", "zero3", "hsdp"};
+constexpr int kMaxRanks = 8;
+constexpr int kNumCases = kMaxRanks * static_cast<int>(kPlans.size());
+
+bool is_full() {
+  const char* wanted = std::getenv("SHARDTUNE_SAME_BITS");
+  return wanted != nullptr && std::string_view(wanted) == "full";
+}
+
+struct Case {
+  int ranks;
+  const char* plan;
+};
+
+std::vector<Case> cases_of_group(int group) {
+  const int count = is_full() ? kNumCases : 4;
+  std::vector<Case> cases;
+  for (int i = 0; i < count; ++i) {
+    const int index = (group * count + i) * 7 % kNumCases;  // 7 has no factor in common with 40: all are different
+    cases.push_back({index % kMaxRanks + 1, kPlans[static_cast<std::size_t>(index / kMaxRanks)]});
   }
-  ASSERT_EQ(hashes.size(), 20U);
-  for (const auto& [name, hash] : hashes) EXPECT_EQ(hash, hashes.begin()->second) << name;
+  return cases;
+}
+
+void set_case(RunOptions& options, const Case& c) {
+  options.train.sharding = c.plan;
+  options.train.hsdp_shard_size = 0;
+  if (c.plan == std::string_view("hsdp")) options.train.hsdp_shard_size = c.ranks % 2 == 0 ? c.ranks / 2 : 1;
+  options.train.gradient_checkpointing = c.ranks % 2 == 0;
+}
+
+// 100 steps of a number of micro-batches that hardly any number of ranks divides; interrupted at step 37, too, and
+// continued by the ranks and the plan of the next case.
+void expect_one_hash(TinyFamily family, bool bf16, int group) {
+  const auto directory = fresh_directory(fmt::format("same_bits_{}", group));
+  RunOptions options = make_tiny_run(directory, family);
+  options.train.max_steps = 100;
+  options.train.per_device_train_batch_size = 2;
+  options.train.global_batch_size = is_full() ? 22 : 10;
+  options.train.bf16 = bf16;
+  options.train.save_strategy = Interval::steps;
+  options.train.save_steps = 37;
+  const std::string base = options.train.output_dir;
+  const std::string wanted = train(options, 1, "reference");
+  std::string interrupted = base + "_reference";
+  int number = 0;
+  for (const Case& c : cases_of_group(group)) {
+    set_case(options, c);
+    const std::string name = fmt::format("{}_{}", c.plan, c.ranks);
+    options.train.output_dir = base;
+    EXPECT_EQ(train(options, c.ranks, name), wanted) << name;
+    options.train.output_dir = interrupted;
+    if (is_full() || number++ % 2 == 1) {
+      EXPECT_EQ(resume_on_threads(options, c.ranks, 37), wanted) << interrupted << " resumed by " << name;
+    }
+    std::filesystem::remove_all(interrupted);
+    interrupted = base + "_" + name;
+  }
   std::filesystem::remove_all(directory);
 }
 
-TEST(SameBits, BertFp32OneMicroBatch) { expect_one_hash(TinyFamily::bert, 1, false); }
-TEST(SameBits, BertFp32Accumulation3) { expect_one_hash(TinyFamily::bert, 3, false); }
-TEST(SameBits, BertBf16OneMicroBatch) { expect_one_hash(TinyFamily::bert, 1, true); }
-TEST(SameBits, BertBf16Accumulation3) { expect_one_hash(TinyFamily::bert, 3, true); }
-TEST(SameBits, LlamaFp32Accumulation3) { expect_one_hash(TinyFamily::llama, 3, false); }
-TEST(SameBits, LlamaBf16Accumulation3) { expect_one_hash(TinyFamily::llama, 3, true); }
+TinyFamily bert_family() { return is_full() ? TinyFamily::minilm : TinyFamily::bert; }
+
+TEST(SameBits, BertFp32) { expect_one_hash(bert_family(), false, 0); }
+TEST(SameBits, BertBf16) { expect_one_hash(bert_family(), true, 1); }
+TEST(SameBits, LlamaFp32) { expect_one_hash(TinyFamily::llama, false, 2); }
+TEST(SameBits, LlamaBf16) { expect_one_hash(TinyFamily::llama, true, 3); }
+
+TEST(SameBits, TheCasesTogetherHaveEveryPlanAndEveryNumberOfRanks) {
+  std::map<std::string, int> seen;
+  for (int group = 0; group < 4; ++group) {
+    for (const Case& c : cases_of_group(group)) {
+      ++seen[c.plan];
+      ++seen[std::to_string(c.ranks)];
+    }
+  }
+  EXPECT_EQ(seen.size(), kPlans.size() + kMaxRanks);
+  for (const auto& [what, count] : seen) EXPECT_GE(count, 2) << what;
+}
+
+// One micro-batch a step: all ranks but one have none.
+TEST(SameBits, OneMicroBatch) {
+  const auto directory = fresh_directory("same_bits_one");
+  for (const bool bf16 : {false, true}) {
+    RunOptions options = make_tiny_run(directory, TinyFamily::bert);
+    options.train.max_steps = 25;
+    options.train.bf16 = bf16;
+    const std::string wanted = train(options, 1, fmt::format("one_{}", bf16));
+    for (const Case& c : {Case{2, "zero3"}, Case{3, "ddp"}, Case{4, "hsdp"}, Case{5, "zero2"}, Case{5, "zero1"}}) {
+      set_case(options, c);
+      EXPECT_EQ(train(options, c.ranks, fmt::format("{}_{}_{}", c.plan, c.ranks, bf16)), wanted) << c.plan << c.ranks;
+    }
+  }
+  std::filesystem::remove_all(directory);
+}
 
 // The program under mpirun takes the same decisions as thread ranks: a covering subset of the above.
 TEST(SameBits, UnderMpirun) {
-  struct Case {
+  struct MpiCase {
     int ranks;
     const char* plan;
     bool checkpointing;
@@ -80,16 +155,21 @@ TEST(SameBits, UnderMpirun) {
     options.train.global_batch_size = 12;
     options.train.bf16 = bf16;
     const std::string expected = train(options, 1, fmt::format("threads_{}", bf16));
-    for (const Case& c : {Case{1, "zero3", true, false}, Case{2, "zero3", true, true}, Case{2, "ddp", false, false}, Case{3, "zero3", false, false},
-                          Case{3, "ddp", true, true}, Case{4, "ddp", false, true}, Case{5, "zero3", true, true}, Case{5, "ddp", false, false}}) {
+    for (const MpiCase& c :
+         {MpiCase{1, "zero3", true, false}, MpiCase{2, "zero3", true, true}, MpiCase{2, "ddp", false, false},
+          MpiCase{3, "zero3", false, false}, MpiCase{3, "ddp", true, true}, MpiCase{4, "ddp", false, true},
+          MpiCase{5, "zero3", true, true}, MpiCase{5, "ddp", false, false}}) {
       if (c.bf16 != bf16) continue;
-      const std::string output = fmt::format("{}/mpi_{}_{}_{}_{}", directory.string(), c.ranks, c.plan, c.checkpointing, bf16);
-      const auto result = testing_support::run_command(fmt::format(
-          "{} {} train --config_name {} --train_file {} --output_dir {} --sharding {} --gradient_checkpointing {} --bf16 {} "
-          "--per_device_train_batch_size 4 --global_batch_size 12 --learning_rate 1e-3 --max_steps 50 --save_strategy no "
-          "--num_threads 1 --disable_tqdm --log_level warn",
-          testing_support::mpirun_command(c.ranks), testing_support::shardtune_binary(), options.model.config_name,
-          options.data.train_file, output, c.plan, c.checkpointing, bf16));
+      const std::string output =
+          fmt::format("{}/mpi_{}_{}_{}_{}", directory.string(), c.ranks, c.plan, c.checkpointing, bf16);
+      const auto result = testing_support::run_command(
+          fmt::format("{} {} train --config_name {} --train_file {} --output_dir {} --sharding {} "
+                      "--gradient_checkpointing {} --bf16 {} "
+                      "--per_device_train_batch_size 4 --global_batch_size 12 --learning_rate 1e-3 --max_steps 50 "
+                      "--save_strategy no "
+                      "--num_threads 1 --disable_tqdm --log_level warn",
+                      testing_support::mpirun_command(c.ranks), testing_support::shardtune_binary(),
+                      options.model.config_name, options.data.train_file, output, c.plan, c.checkpointing, bf16));
       ASSERT_EQ(result.exit_code, 0) << result.output;
       EXPECT_EQ(sha256_of(output + "/model/model.safetensors"), expected) << output;
     }
