@@ -18,24 +18,30 @@ struct Factors {  // rounded to fp32 as ATen rounds its scalars
 };
 
 struct Pointers {
-  float* __restrict param;
-  float* __restrict buffer;  // not looked at without momentum
-  const float* __restrict grad;
+  float* param;
+  float* buffer;  // not looked at without momentum
+  const float* grad;
 };
 
 enum class Kind { plain, momentum, nesterov };
 
 template <Kind kKind, bool kDecays>
-[[gnu::always_inline]] inline void update(const Pointers& p, std::int64_t begin, std::int64_t end, const Factors& f) {
+[[gnu::always_inline]] inline void update(Pointers p, std::int64_t begin, std::int64_t end, Factors f) {
+  // By value: what a reference names might change with every store, for all the compiler knows, and ends vectorisation.
+  float* __restrict const param = p.param;
+  float* __restrict const buffer = p.buffer;
+  const float* __restrict const grad = p.grad;
+#pragma GCC ivdep
   for (std::int64_t i = begin; i < end; ++i) {
-    float g = p.grad[i] * f.grad_scale;
-    if constexpr (kDecays) g = g + f.weight_decay * p.param[i];  // 0 * infinity would be NaN
+    const float before = param[i];
+    float g = grad[i] * f.grad_scale;
+    if constexpr (kDecays) g = g + f.weight_decay * before;  // 0 * infinity would be NaN
     if constexpr (kKind != Kind::plain) {
-      const float b = p.buffer[i] * f.momentum + g;
-      p.buffer[i] = b;
+      const float b = buffer[i] * f.momentum + g;
+      buffer[i] = b;
       g = kKind == Kind::nesterov ? g + f.momentum * b : b;
     }
-    p.param[i] = p.param[i] + f.minus_lr * g;
+    param[i] = before + f.minus_lr * g;
   }
 }
 
