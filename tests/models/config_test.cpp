@@ -273,7 +273,7 @@ TEST(ConfigLimits, SizesThatNoMachineHoldsAreRefusedByName) {
   expect_refused(with(bert_config(), "type_vocab_size", kBeyond), "'type_vocab_size' is 2147483648");
   expect_refused(with(llama_config(), "num_key_value_heads", kBeyond), "'num_key_value_heads' is 2147483648");
   expect_refused(with(llama_config(), "head_dim", kBeyond), "'head_dim' is 2147483648");
-  expect_refused(with(with(llama_config(), "head_dim", 1 << 20), "num_attention_heads", 1 << 20), "head_dim 1048576");
+  expect_refused(with(with(llama_config(), "head_dim", 1 << 16), "num_attention_heads", 1 << 20), "head_dim 65536");
   for (const json& config : {bert_config(), llama_config()})
     expect_refused(with(config, "num_hidden_layers", 100'001), "'num_hidden_layers' is 100001");
   json no_names = bert_config();
