@@ -25,7 +25,7 @@ NOTHING = SHAPE | {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers"
                    "num_key_value_heads": 1}
 # Starts one rank and prints the peak of its resident set, in KiB, when it has ended.
 WATCH = "import resource, subprocess, sys; code = subprocess.call(sys.argv[1:]); " \
-        "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, flush=True); sys.exit(code)"
+        "print(f'peak {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss};', flush=True); sys.exit(code)"
 
 
 def unit_sizes(shape):
@@ -55,7 +55,7 @@ def run(folder, shape, rows, is_checkpointed):
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if result.returncode != 0:
         sys.exit(f"exit code {result.returncode}: {result.stderr[-3000:]}")
-    peaks = [int(kib) / 1024 for kib in re.findall(r"^peak (\d+)$", result.stdout, re.MULTILINE)]
+    peaks = [int(kib) / 1024 for kib in re.findall(r"peak (\d+);", result.stdout)]
     reports = re.findall(r"most memory so far, MiB: (.*)", result.stderr)[-RANKS:]
     assert len(peaks) == len(reports) == RANKS, result.stderr[-3000:]
     return peaks, reports
