@@ -159,7 +159,8 @@ TEST_F(Readers, RowsAboveTheByteLimitAreRefusedInEveryFormat) {
   EXPECT_EQ(error("a.json", "[{\"t\":\"" + big + "\"}]"),
             "a.json:1: the row is longer than the limit of 67108864 bytes");
   std::string quoted = "t\n\"";
-  for (int i = 0; i < 65; ++i) quoted += std::string((1U << 20) - 1, 'x') + "\n";
+  const std::string piece((1U << 20) - 1, 'x');
+  for (int i = 0; i < 65; ++i) (quoted += piece) += '\n';
   EXPECT_EQ(error("a.csv", quoted + "\"\n"),
             "a.csv:2: the quoted field that begins here is longer than 67108864 bytes");
 }
