@@ -8,6 +8,7 @@
 
 #include "core/error.hpp"
 #include "core/rng.hpp"
+#include "kernels/flat_slice.hpp"
 #include "kernels/simd.hpp"
 
 namespace shardtune {
@@ -99,10 +100,8 @@ template <bool kSmallWeight, class Moment>
 }
 
 void* checked_data(const at::Tensor& tensor, std::int64_t numel, at::ScalarType dtype) {
-  check_internal(tensor.defined() && tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.dim() == 1 &&
-                     tensor.numel() == numel && tensor.is_cpu(),
-                 "adamw_step: needs 1-d contiguous CPU tensors of equal size, fp32 or (moments) bf16");
-  return tensor.data_ptr();
+  return flat_data(tensor, numel, dtype,
+                   "adamw_step: needs 1-d contiguous CPU tensors of equal size, fp32 or (moments) bf16");
 }
 
 template <class Moment>

@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include "core/error.hpp"
+#include "kernels/flat_slice.hpp"
 #include "kernels/simd.hpp"
 
 namespace shardtune {
@@ -60,10 +61,8 @@ void run_step(const Pointers& pointers, std::int64_t numel, const Factors& facto
 }
 
 float* checked_data(const at::Tensor& tensor, std::int64_t numel) {
-  check_internal(tensor.defined() && tensor.scalar_type() == at::kFloat && tensor.is_contiguous() &&
-                     tensor.dim() == 1 && tensor.numel() == numel && tensor.is_cpu(),
-                 "sgd_step: needs 1-d contiguous fp32 CPU tensors of equal size");
-  return static_cast<float*>(tensor.data_ptr());
+  return static_cast<float*>(
+      flat_data(tensor, numel, at::kFloat, "sgd_step: needs 1-d contiguous fp32 CPU tensors of equal size"));
 }
 
 }  // namespace
