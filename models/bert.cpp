@@ -22,9 +22,7 @@
 namespace shardtune {
 namespace {
 
-// Places of dropout, fixed for ever: masks are keyed by them.
-constexpr std::int64_t kEmbeddingSite = 0, kClassifierSite = 1;
-constexpr std::int64_t layer_site(std::int64_t layer, std::int64_t place) { return 16 * (layer + 1) + place; }
+constexpr std::int64_t kEmbeddingSite = 0, kClassifierSite = 1;  // of dropout, see layer_site
 
 struct BertConfig {
   std::int64_t vocab_size, hidden_size, num_layers, num_heads, intermediate_size, max_positions, type_vocab_size;

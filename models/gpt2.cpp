@@ -11,7 +11,6 @@
 
 #include "core/error.hpp"
 #include "kernels/attention.hpp"
-#include "kernels/cross_entropy.hpp"
 #include "kernels/dropout.hpp"
 #include "kernels/embedding.hpp"
 #include "kernels/linear.hpp"
@@ -22,9 +21,7 @@
 namespace shardtune {
 namespace {
 
-// Places of dropout, fixed for ever: masks are keyed by them.
-constexpr std::int64_t kEmbeddingSite = 0;
-constexpr std::int64_t layer_site(std::int64_t layer, std::int64_t place) { return 16 * (layer + 1) + place; }
+constexpr std::int64_t kEmbeddingSite = 0;  // of dropout, see layer_site
 
 struct Gpt2Config {
   std::int64_t vocab_size, hidden_size, num_layers, num_heads, intermediate_size, max_positions;
@@ -173,13 +170,7 @@ ModelOutput Gpt2::forward(const Batch& batch, UnitRunner& runner, const ForwardC
     };
     hidden_TD = runner.run(unit, {hidden_TD}, layer_forward)[0];
   }
-  hidden_TD = norm_(hidden_TD);
-  ModelOutput output;
-  if (options.want_logits) output.logits = apply_linear(hidden_TD, head_->value).to(at::kFloat);
-  if (batch.labels.defined())
-    output.loss_sum = linear_cross_entropy_sum(hidden_TD, head_->value, batch.labels,
-                                               {.loss_scale = options.loss_scale, .tied = tied});
-  return output;
+  return run_causal_lm_head(norm_(hidden_TD), head_->value, batch, options, tied);
 }
 
 std::optional<std::string> Gpt2::map_weight_name(const std::string& name_in_file) const {

@@ -12,10 +12,8 @@
 
 #include "core/error.hpp"
 #include "kernels/attention.hpp"
-#include "kernels/cross_entropy.hpp"
 #include "kernels/embedding.hpp"
 #include "kernels/gated_mlp.hpp"
-#include "kernels/linear.hpp"
 #include "kernels/norm.hpp"
 #include "kernels/rope.hpp"
 #include "models/architectures.hpp"
@@ -25,9 +23,6 @@
 
 namespace shardtune {
 namespace {
-
-// Place of attention dropout, fixed for ever: masks are keyed by it.
-constexpr std::int64_t attention_site(std::int64_t layer) { return 16 * (layer + 1); }
 
 struct LlamaConfig {
   std::int64_t vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_size;
@@ -180,7 +175,7 @@ ModelOutput Llama::forward(const Batch& batch, UnitRunner& runner, const Forward
   for (std::int64_t n = 0; n < config_.num_layers; ++n) {
     const LlamaLayer& layer = layers_[static_cast<std::size_t>(n)];
     AttentionOptions own = attention;
-    own.dropout = make_dropout_site(context, attention_site(n), config_.attention_dropout);
+    own.dropout = make_dropout_site(context, layer_site(n, 0), config_.attention_dropout);
     own.recompute = runner.recompute_context(*layer.unit);
     const auto layer_forward = [this, &layer, own, tables](const UnitRunner::Tensors& in) -> UnitRunner::Tensors {
       const at::Tensor middle_TD =
@@ -190,12 +185,7 @@ ModelOutput Llama::forward(const Batch& batch, UnitRunner& runner, const Forward
     hidden_TD = runner.run(*layer.unit, {hidden_TD}, layer_forward)[0];
   }
   hidden_TD = rms_norm(hidden_TD, norm_->value, config_.rms_norm_eps);
-  ModelOutput output;
-  if (options.want_logits) output.logits = apply_linear(hidden_TD, head_->value).to(at::kFloat);
-  if (batch.labels.defined())
-    output.loss_sum = linear_cross_entropy_sum(hidden_TD, head_->value, batch.labels,
-                                               {.loss_scale = options.loss_scale, .tied = tied});
-  return output;
+  return run_causal_lm_head(hidden_TD, head_->value, batch, options, tied);
 }
 
 std::optional<std::string> Llama::map_weight_name(const std::string& name_in_file) const {

@@ -6,6 +6,7 @@
 #include <fmt/format.h>
 
 #include "core/error.hpp"
+#include "kernels/cross_entropy.hpp"
 #include "kernels/linear.hpp"
 #include "kernels/norm.hpp"
 
@@ -69,6 +70,16 @@ std::vector<Unit*> ModelParts::units() {
   std::vector<Unit*> all;
   for (Unit& unit : units_) all.push_back(&unit);
   return all;
+}
+
+ModelOutput run_causal_lm_head(const at::Tensor& hidden, const at::Tensor& head, const Batch& batch,
+                               const ForwardOptions& options, const std::shared_ptr<TiedGradient>& tied) {
+  ModelOutput output;
+  if (options.want_logits) output.logits = apply_linear(hidden, head).to(at::kFloat);
+  if (batch.labels.defined())
+    output.loss_sum =
+        linear_cross_entropy_sum(hidden, head, batch.labels, {.loss_scale = options.loss_scale, .tied = tied});
+  return output;
 }
 
 std::shared_ptr<const std::vector<std::int64_t>> shared_offsets(const Batch& batch) {

@@ -9,6 +9,8 @@
 #include <ATen/core/Tensor.h>
 
 #include "core/batch.hpp"
+#include "kernels/embedding.hpp"
+#include "models/model.hpp"
 #include "models/unit.hpp"
 
 namespace shardtune {
@@ -53,6 +55,13 @@ class ModelParts {
   std::deque<Parameter> parameters_;
   std::deque<Unit> units_;
 };
+
+// The number of a place of dropout in a layer, fixed for ever: masks are keyed by it. 0 to 15 are outside of the layers.
+constexpr std::int64_t layer_site(std::int64_t layer, std::int64_t place) { return 16 * (layer + 1) + place; }
+
+// The head of a causal language model over hidden states [T, D]; head: [V, D]. `tied`: as the embedding got it, or null.
+ModelOutput run_causal_lm_head(const at::Tensor& hidden, const at::Tensor& head, const Batch& batch,
+                               const ForwardOptions& options, const std::shared_ptr<TiedGradient>& tied);
 
 // The offsets of a batch in the form that attention keeps for recomputation.
 std::shared_ptr<const std::vector<std::int64_t>> shared_offsets(const Batch& batch);
