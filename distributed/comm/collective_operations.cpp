@@ -15,9 +15,7 @@ namespace {
 std::byte* bytes_of(const at::Tensor& tensor) { return static_cast<std::byte*>(tensor.mutable_data_ptr()); }
 
 std::vector<std::int64_t> in_bytes(Communicator::Counts counts, const at::Tensor& tensor) {
-  std::vector<std::int64_t> bytes(counts.begin(), counts.end());
-  for (auto& count : bytes) count *= static_cast<std::int64_t>(tensor.element_size());
-  return bytes;
+  return scaled(counts, static_cast<std::int64_t>(tensor.element_size()));
 }
 
 std::string describe(const Fingerprint& print) {

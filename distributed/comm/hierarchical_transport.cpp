@@ -8,10 +8,6 @@
 namespace shardtune {
 namespace {
 
-std::unique_ptr<std::byte[]> make_scratch(std::int64_t bytes) {
-  return std::make_unique_for_overwrite<std::byte[]>(static_cast<std::size_t>(bytes));
-}
-
 Reduction partial(Reduction reduction) {
   reduction.is_partial = true;
   return reduction;
@@ -79,9 +75,7 @@ void HierarchicalTransport::all_reduce(std::byte* data, std::int64_t numel, cons
   within_->reduce_scatter(data, slices, scratch.get(), first);
   across_->all_reduce(scratch.get(), slices[place], second);
   finish_partial(scratch.get(), slices[place], first, own);
-  std::vector<std::int64_t> slice_bytes = slices;
-  for (auto& bytes : slice_bytes) bytes *= reduction.in_bytes();
-  within_->all_gather(own, data, slice_bytes);
+  within_->all_gather(own, data, scaled(slices, reduction.in_bytes()));
 }
 
 // Every node sums its own versions of all parts, each rank those of the ranks of its place; these then sum over nodes.
@@ -101,11 +95,7 @@ void HierarchicalTransport::reduce_scatter(const std::byte* in, Counts numels, s
   const std::int64_t own_numel = place_numels[static_cast<std::size_t>(across_->rank())];
   const auto own = make_scratch(own_numel * element);
   across_->reduce_scatter(sums.get(), place_numels, own.get(), second_level(reduction));
-  if (reduction.is_partial) {
-    finish_partial(own.get(), own_numel, second_level(reduction), out);
-  } else {
-    finish_partial(own.get(), own_numel, first, out);
-  }
+  finish_partial(own.get(), own_numel, reduction.is_partial ? second_level(reduction) : first, out);
 }
 
 }  // namespace shardtune

@@ -15,19 +15,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "core/handle.hpp"
+#include "core/file.hpp"
 
 namespace shardtune {
 namespace {
 
 constexpr const char* kPrefix = "shardtune.";
 constexpr const char* kDirectory = "/dev/shm";  // where Linux keeps the names
-
-struct FileTraits {
-  static int null() noexcept { return -1; }
-  static void destroy(int file) noexcept { (void)::close(file); }
-};
-using FileHandle = UniqueHandle<int, FileTraits>;
 
 // What one rank tells the others. An empty error is success.
 struct Message {
@@ -44,11 +38,11 @@ std::string reason(const char* what, int code) {
 
 // A new name with an open file of `bytes` bytes, none of them reserved yet. The file stays locked while it is open:
 // that is how sweep_stale_segments() tells the living from the dead.
-FileHandle create(std::int64_t bytes, Message& message) {
+UniqueFd create(std::int64_t bytes, Message& message) {
   for (int attempt = 0; attempt < 100; ++attempt) {
     const auto ticks = std::chrono::steady_clock::now().time_since_epoch().count();
     const std::string name = fmt::format("/{}{}.{:x}", kPrefix, ::getpid(), ticks);
-    FileHandle file(::shm_open(name.c_str(), O_RDWR | O_CREAT | O_EXCL, 0600));
+    UniqueFd file(::shm_open(name.c_str(), O_RDWR | O_CREAT | O_EXCL, 0600));
     if (!file && errno == EEXIST) continue;
     if (!file) {
       message.set_error(reason("shm_open", errno));
@@ -69,7 +63,7 @@ FileHandle create(std::int64_t bytes, Message& message) {
   return {};
 }
 
-std::byte* map_part(const FileHandle& file, std::int64_t part_bytes, int rank, int size, Message& message) {
+std::byte* map_part(const UniqueFd& file, std::int64_t part_bytes, int rank, int size, Message& message) {
   // With a file-size limit the kernel sends SIGXFSZ instead; the launcher may choose to ignore that signal.
   const int code = ::posix_fallocate(file.get(), rank * part_bytes, part_bytes);
   if (code != 0) {
@@ -101,7 +95,7 @@ SharedSegmentResult make_shared_segment(Transport& group, std::int64_t part_byte
   const std::int64_t page = ::sysconf(_SC_PAGESIZE);
   part_bytes = (part_bytes + page - 1) / page * page;
   Message made;
-  FileHandle file;
+  UniqueFd file;
   if (group.rank() == 0) {
     sweep_stale_segments();
     file = create(part_bytes * group.size(), made);
@@ -113,7 +107,7 @@ SharedSegmentResult make_shared_segment(Transport& group, std::int64_t part_byte
   Message& mine = messages[static_cast<std::size_t>(group.rank())];
   mine = made;
   if (made.is_ok()) {
-    if (group.rank() != 0) file = FileHandle(::shm_open(made.name.data(), O_RDWR, 0));
+    if (group.rank() != 0) file = UniqueFd(::shm_open(made.name.data(), O_RDWR, 0));
     if (!file) {
       mine.set_error(reason("shm_open of a segment made by another rank", errno));
     } else {
@@ -141,7 +135,7 @@ void sweep_stale_segments() noexcept {
     for (const auto& entry : std::filesystem::directory_iterator(kDirectory)) {
       const std::string name = entry.path().filename().string();
       if (!name.starts_with(kPrefix)) continue;
-      const FileHandle file(::shm_open(("/" + name).c_str(), O_RDWR, 0));
+      const UniqueFd file(::shm_open(("/" + name).c_str(), O_RDWR, 0));
       if (file && ::flock(file.get(), LOCK_EX | LOCK_NB) == 0) (void)::shm_unlink(("/" + name).c_str());
     }
   } catch (const std::exception&) {

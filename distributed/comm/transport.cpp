@@ -8,14 +8,16 @@ namespace {
 // Up to this many received bytes one all_gather and a sum on every rank beat two rounds of messages.
 constexpr std::int64_t kOneRoundBytes = 64 << 10;
 
-std::unique_ptr<std::byte[]> make_scratch(std::int64_t bytes) {
-  return std::make_unique_for_overwrite<std::byte[]>(static_cast<std::size_t>(bytes));
-}
-
 std::vector<const std::byte*> equal_pieces(const std::byte* first, std::int64_t bytes, int num_pieces) {
   std::vector<const std::byte*> pieces;
   for (int piece = 0; piece < num_pieces; ++piece) pieces.push_back(first + piece * bytes);
   return pieces;
+}
+
+}  // namespace
+
+std::unique_ptr<std::byte[]> make_scratch(std::int64_t bytes) {
+  return std::make_unique_for_overwrite<std::byte[]>(static_cast<std::size_t>(bytes));
 }
 
 std::vector<std::int64_t> scaled(Transport::Counts counts, std::int64_t factor) {
@@ -23,8 +25,6 @@ std::vector<std::int64_t> scaled(Transport::Counts counts, std::int64_t factor) 
   for (auto& count : result) count *= factor;
   return result;
 }
-
-}  // namespace
 
 std::vector<std::int64_t> even_slices(std::int64_t numel, int num_ranks) {
   constexpr std::int64_t kAlignment = 64;

@@ -53,6 +53,9 @@ class Transport {
 
 // Equal slices for all but the last ranks, in multiples of 64 elements, so that no two ranks write one cache line.
 std::vector<std::int64_t> even_slices(std::int64_t numel, int num_ranks);
+// Each times `factor`: elements to bytes.
+std::vector<std::int64_t> scaled(Transport::Counts counts, std::int64_t factor);
+std::unique_ptr<std::byte[]> make_scratch(std::int64_t bytes);  // uninitialised
 // Where each part begins; one entry more than parts, the last is the total.
 std::vector<std::int64_t> offsets_of(Transport::Counts counts);
 
