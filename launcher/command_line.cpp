@@ -247,11 +247,6 @@ std::string help_text(const std::string& command) {
   return text.str();
 }
 
-std::string config_text(const Invocation& invocation) {
-  std::string text;
-  for (const auto& [name, value] : invocation.run.resolved)
-    if (!value.empty()) text += fmt::format("{} = {}\n", name, value);
-  return text;
-}
+std::string config_text(const Invocation& invocation) { return resolved_text(invocation.run); }
 
 }  // namespace shardtune

@@ -46,6 +46,13 @@ class BucketPool {
   int num_made_ = 0;
 };
 
+// A group whose ranks each get a part of a sum.
+struct ReductionAxis {
+  Communicator& ranks;
+  BucketPool& buckets;               // of `ranks`
+  std::vector<std::int64_t> counts;  // elements that go to each rank
+};
+
 // One collective in chunks of a bucket each, several of them under way. Every member is collective over the pool's
 // group.
 class BucketStream {

@@ -6,30 +6,12 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 
-#include "core/error.hpp"
-
 namespace shardtune {
 
 FastReducer::FastReducer(const ShardContext& context, GradientProbe probe)
-    : context_(context), probe_(std::move(probe)) {}
-
-void FastReducer::begin_step(const RoundSchedule& schedule) {
-  schedule_ = schedule;
-  forget_finishing();
-  under_way_ = nullptr;
-  sums_.clear();
-  count_partials();
-}
-
-Pieces FastReducer::take(ShardUnit& unit, UnitSum& unit_sum) {
-  Pieces gradients = unit.take_gradients();
-  unit_sum.held_bytes = 0;
-  if (probe_) probe_(unit.unit().name, gradients);
-  return gradients;
-}
+    : GradientReducer(context, std::move(probe)) {}
 
 void FastReducer::add(ShardUnit& unit, std::int64_t round) {
-  check_internal(schedule_.has_value(), "FastReducer: no step has begun");
   const at::NoGradGuard no_grad;
   UnitSum& unit_sum = sums_[&unit];
   if (!context_.plan.runs_every_round()) {
@@ -42,15 +24,15 @@ void FastReducer::add(ShardUnit& unit, std::int64_t round) {
     return count_partials();
   }
   Pieces gradients;
-  if (schedule_->micro_batch(context_.grid.world().rank(), round) >= 0) {
-    gradients = take(unit, unit_sum);
+  if (schedule().micro_batch(context_.grid.world().rank(), round) >= 0) {
+    gradients = take_gradients(unit);
   } else {
     unit.drop_gradients();
   }
   if (context_.grid.num_shards() > 1) {
-    if (under_way_ != nullptr) merge(*under_way_);
+    merge_last_add();
     issue_over_shards(unit, unit_sum, std::exchange(gradients, {}));
-    under_way_ = &unit_sum;
+    set_last_add(unit);
   } else if (unit_sum.whole.empty()) {
     unit_sum.whole = std::move(gradients);
   } else {
@@ -59,7 +41,7 @@ void FastReducer::add(ShardUnit& unit, std::int64_t round) {
   count_partials();
 }
 
-void FastReducer::issue(UnitSum& unit_sum, const Axis& axis, std::vector<Pieces> parts) {
+void FastReducer::issue(UnitSum& unit_sum, const ReductionAxis& axis, std::vector<Pieces> parts) {
   const at::ScalarType dtype = context_.reduce_dtype;
   const auto own_rank = static_cast<std::size_t>(axis.ranks.rank());
   const std::int64_t per_rank = axis.buckets.numel_per_rank(dtype);
@@ -91,25 +73,33 @@ void FastReducer::issue(UnitSum& unit_sum, const Axis& axis, std::vector<Pieces>
 void FastReducer::issue_over_shards(ShardUnit& unit, UnitSum& unit_sum, const Pieces& gradients) {
   std::vector<Pieces> parts;
   if (!gradients.empty()) parts = unit.slices_of_shards(gradients);
-  issue(unit_sum, {context_.grid.shards(), context_.buffers.shards, unit.shard_counts()}, std::move(parts));
+  issue(unit_sum, over_shards(unit), std::move(parts));
 }
 
-void FastReducer::issue_over_replicas(ShardUnit& unit, UnitSum& unit_sum) {
-  const int num_replicas = context_.grid.num_replicas();
-  const auto first = unit.packed_counts().begin() + static_cast<std::ptrdiff_t>(context_.grid.shard()) * num_replicas;
-  const std::vector<std::int64_t> counts(first, first + num_replicas);
+bool FastReducer::start_over_shards(ShardUnit& unit) {
+  UnitSum& unit_sum = sums_[&unit];  // new where this rank had no micro-batch: its part is zero
+  if (!context_.plan.runs_every_round()) {
+    unit_sum.whole = take_gradients(unit);
+    unit_sum.held_bytes = 0;
+    if (context_.grid.num_shards() > 1) issue_over_shards(unit, unit_sum, std::exchange(unit_sum.whole, {}));
+  }
+  return unit_sum.stream != nullptr;
+}
+
+void FastReducer::start_over_replicas(ShardUnit& unit) {
+  UnitSum& unit_sum = sums_[&unit];
   std::vector<Pieces> parts;
   if (context_.grid.num_shards() == 1) {
     unit_sum.spare = std::exchange(unit_sum.whole, {});
-    if (!unit_sum.spare.empty()) parts = unit.slices_of_ranks(unit_sum.spare);
+    if (!unit_sum.spare.empty()) parts = unit.slices_of_replicas(unit_sum.spare);
   } else {
-    for (const at::Tensor& part : split_bucket(std::exchange(unit_sum.sum, {}), counts)) parts.push_back({part});
+    parts = unit.slices_of_replicas({std::exchange(unit_sum.sum, {})});
   }
-  issue(unit_sum, {context_.grid.replicas(), context_.buffers.replicas, counts}, std::move(parts));
+  issue(unit_sum, over_replicas(unit), std::move(parts));
 }
 
-void FastReducer::merge(UnitSum& unit_sum) {
-  if (under_way_ == &unit_sum) under_way_ = nullptr;
+void FastReducer::merge_received(ShardUnit& unit) {
+  UnitSum& unit_sum = sums_[&unit];
   if (!unit_sum.stream) return;
   const at::NoGradGuard no_grad;
   unit_sum.stream->finish();
@@ -118,35 +108,12 @@ void FastReducer::merge(UnitSum& unit_sum) {
   unit_sum.sum = unit_sum.sum.defined() ? unit_sum.sum.add_(out) : out.to(at::kFloat);
 }
 
-bool FastReducer::advance(ShardUnit& unit) {
-  UnitSum& unit_sum = sums_[&unit];  // new where this rank had no micro-batch: its part is zero
-  const bool has_replicas = context_.grid.num_replicas() > 1;
-  for (;;) {
-    switch (unit_sum.stage++) {
-      case 0:
-        if (!context_.plan.runs_every_round()) {
-          unit_sum.whole = take(unit, unit_sum);
-          if (context_.grid.num_shards() > 1) issue_over_shards(unit, unit_sum, std::exchange(unit_sum.whole, {}));
-        }
-        if (unit_sum.stream) return true;
-        break;
-      case 1:
-        merge(unit_sum);
-        if (!has_replicas) break;
-        issue_over_replicas(unit, unit_sum);
-        return true;
-      case 2:
-        merge(unit_sum);
-        if (unit_sum.sum.defined()) unit_sum.whole = {std::exchange(unit_sum.sum, {})};
-        unit.begin_gradients(std::exchange(unit_sum.whole, {}), std::exchange(unit_sum.spare, {}));
-        if (has_replicas) return true;
-        break;
-      default:
-        unit.finish_gradients();
-        sums_.erase(&unit);
-        return false;
-    }
-  }
+GradientReducer::Result FastReducer::take_result(ShardUnit& unit) {
+  UnitSum& unit_sum = sums_[&unit];
+  if (unit_sum.sum.defined()) unit_sum.whole = {std::exchange(unit_sum.sum, {})};
+  Result result{.own_part = std::move(unit_sum.whole), .spare = std::move(unit_sum.spare)};
+  sums_.erase(&unit);
+  return result;
 }
 
 void FastReducer::count_partials() {

@@ -4,8 +4,11 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "distributed/parallel/round_schedule.hpp"
 #include "distributed/parallel/shard_unit.hpp"
@@ -14,7 +17,7 @@ namespace shardtune {
 
 // tree: the canonical tree of tree_accumulator.hpp, the same bits for any number of ranks and any plan. fast: whatever
 // order costs least for these ranks and this plan; the same bits whenever both are the same.
-enum class Reduction { tree, fast };
+enum class ReductionOrder { tree, fast };
 
 // Test seam: sees (and may spoil) what leaves this rank for the owners: flat gradients, one per trainable parameter.
 using GradientProbe = std::function<void(const std::string& unit_name, const Pieces& gradients)>;
@@ -24,7 +27,7 @@ class GradientReducer {
  public:
   virtual ~GradientReducer() = default;
   // Local. Forgets everything of an earlier step.
-  virtual void begin_step(const RoundSchedule& schedule) = 0;
+  void begin_step(const RoundSchedule& schedule);
   // Takes the unit's .grad as that of this rank's micro-batch in `round`; a rank without one contributes nothing and
   // its .grad is discarded. Collective when the plan reduces every micro-batch: for every unit with trainable
   // parameters once per round. Waits for the exchange that the add() before issued.
@@ -35,16 +38,44 @@ class GradientReducer {
   void finish_all();  // collective; completes every unit given to finish()
 
  protected:
-  // Runs the unit's stages until something is under way (true) or the unit has its gradient (false).
-  virtual bool advance(ShardUnit& unit) = 0;
+  GradientReducer(const ShardContext& context, GradientProbe probe);
+
+  // A unit's way in finish(), in this order; each waits (merge) for what the one before has issued.
+  // Sums over the shards, where add() has not. True when anything is under way.
+  virtual bool start_over_shards(ShardUnit& unit) = 0;
+  virtual void start_over_replicas(ShardUnit& unit) = 0;  // only where there are several
+  struct Result {
+    Pieces own_part, spare;  // as ShardUnit::begin_gradients wants them
+  };
+  virtual Result take_result(ShardUnit& unit) = 0;  // nothing is kept of the unit
+
+  virtual void merge_received(ShardUnit& unit) = 0;  // waits for what is under way, if anything, and adds it
+  virtual void forget_sums() = 0;
   virtual void count_partials() = 0;  // to MemoryUse
-  void forget_finishing() { finishing_.clear(); }
+
+  Pieces take_gradients(ShardUnit& unit);
+  ReductionAxis over_shards(const ShardUnit& unit) const;
+  ReductionAxis over_replicas(const ShardUnit& unit) const;
+  const RoundSchedule& schedule() const;
+  // add() has issued an exchange; the next one waits for it.
+  void merge_last_add();
+  void set_last_add(ShardUnit& unit) { last_add_ = &unit; }
+
+  ShardContext context_;
 
  private:
+  // Runs the unit's stages until something is under way (true) or the unit has its gradient (false).
+  bool advance(ShardUnit& unit);
+  void merge(ShardUnit& unit);
+
+  GradientProbe probe_;
+  std::optional<RoundSchedule> schedule_;
+  ShardUnit* last_add_ = nullptr;  // whose exchange add() has issued, while it is under way
   std::deque<ShardUnit*> finishing_;
+  std::map<const ShardUnit*, int> stages_;
 };
 
-std::unique_ptr<GradientReducer> make_gradient_reducer(Reduction reduction, const ShardContext& context,
+std::unique_ptr<GradientReducer> make_gradient_reducer(ReductionOrder order, const ShardContext& context,
                                                        GradientProbe probe);
 
 }  // namespace shardtune

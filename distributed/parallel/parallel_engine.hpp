@@ -34,7 +34,7 @@ struct ParallelOptions {
   ShardingPlan plan;                          // from resolve_sharding_plan
   int hsdp_shard_size = 0;                    // ranks per replica under hsdp, see ranks_per_node
   at::ScalarType compute_dtype = at::kFloat;  // kFloat, kBFloat16 or kHalf
-  Reduction reduction = Reduction::tree;
+  ReductionOrder reduction = ReductionOrder::tree;
   // kFloat or kBFloat16. tree: each micro-batch's gradients are rounded to it before they are summed (in fp32) and travel
   // so; sums of several micro-batches travel in fp32. fast: whatever travels is rounded to it.
   at::ScalarType reduce_dtype = at::kFloat;

@@ -28,7 +28,7 @@ void ShardUnit::drop_gradients() {
 }
 
 std::vector<Pieces> ShardUnit::slices_of_ranks(const Pieces& gradients) const {
-  std::vector<Pieces> slices(packed_counts_.size());
+  std::vector<Pieces> slices(static_cast<std::size_t>(context_.grid.world().size()));
   auto gradient = gradients.begin();
   for (const ShardedParameter& p : parameters_) {
     if (!p.parameter->is_trainable) continue;
@@ -47,6 +47,13 @@ std::vector<Pieces> ShardUnit::slices_of_shards(const Pieces& gradients) const {
     Pieces& shard = slices[rank / static_cast<std::size_t>(context_.grid.num_replicas())];
     shard.insert(shard.end(), of_ranks[rank].begin(), of_ranks[rank].end());
   }
+  return slices;
+}
+
+std::vector<Pieces> ShardUnit::slices_of_replicas(const Pieces& sum) const {
+  if (context_.grid.num_shards() == 1) return slices_of_ranks(sum);
+  std::vector<Pieces> slices;
+  for (const at::Tensor& slice : split_bucket(sum.front(), replica_counts_)) slices.push_back({slice});
   return slices;
 }
 
@@ -78,10 +85,8 @@ std::unique_ptr<BucketStream> ShardUnit::gradient_stream(Pieces own_part) {
   Communicator& replicas = context_.grid.replicas();
   const int num_replicas = replicas.size();
   const int first_rank = context_.grid.shard() * num_replicas;
-  const auto first = packed_counts_.begin() + static_cast<std::ptrdiff_t>(first_rank);
-  const std::vector<std::int64_t> counts(first, first + num_replicas);
   const std::int64_t per_rank = context_.buffers.replicas.numel_per_rank(at::kFloat);
-  std::vector<Pieces> results(counts.size());
+  std::vector<Pieces> results(replica_counts_.size());
   auto gradient = gradients_.begin();
   for (const ShardedParameter& p : parameters_) {
     if (!p.parameter->is_trainable) continue;
@@ -93,18 +98,18 @@ std::unique_ptr<BucketStream> ShardUnit::gradient_stream(Pieces own_part) {
     ++gradient;
   }
   BucketStream::Steps steps;
-  steps.start = [=, &replicas, part = std::move(own_part)](std::int64_t chunk, const at::Tensor& bucket) {
-    const std::vector<std::int64_t> in_chunk = counts_of_chunk(counts, chunk, per_rank);
+  steps.start = [=, this, &replicas, part = std::move(own_part)](std::int64_t chunk, const at::Tensor& bucket) {
+    const std::vector<std::int64_t> in_chunk = counts_of_chunk(replica_counts_, chunk, per_rank);
     const Pieces places = split_bucket(bucket.view(at::kFloat), in_chunk);
     const at::Tensor& own = places[static_cast<std::size_t>(replicas.rank())];
     copy_out(part, chunk * per_rank, own);
     return replicas.all_gather(bucket.view(at::kFloat).narrow(0, 0, num_elements(places)), own, in_chunk);
   };
-  steps.finish = [=, results = std::move(results)](std::int64_t chunk, const at::Tensor& bucket) {
-    const Pieces places = split_bucket(bucket.view(at::kFloat), counts_of_chunk(counts, chunk, per_rank));
+  steps.finish = [=, this, results = std::move(results)](std::int64_t chunk, const at::Tensor& bucket) {
+    const Pieces places = split_bucket(bucket.view(at::kFloat), counts_of_chunk(replica_counts_, chunk, per_rank));
     for (std::size_t r = 0; r < places.size(); ++r) copy_in(results[r], chunk * per_rank, places[r]);
   };
-  return std::make_unique<BucketStream>(context_.buffers.replicas, num_chunks(counts, per_rank), std::move(steps));
+  return std::make_unique<BucketStream>(context_.buffers.replicas, num_chunks(replica_counts_, per_rank), std::move(steps));
 }
 
 void ShardUnit::finish_gradients() {

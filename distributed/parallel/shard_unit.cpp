@@ -50,10 +50,11 @@ ShardUnit::ShardUnit(Unit& unit, const ShardContext& context) : unit_(unit), con
     create_storage(parameters_.back());
   }
   shard_counts_ = counts_of_shards(true);
-  for (int rank = 0; rank < context.grid.world().size(); ++rank) {
+  for (int replica = 0; replica < context.grid.num_replicas(); ++replica) {
+    const int rank = context.grid.shard() * context.grid.num_replicas() + replica;
     std::int64_t count = 0;
     for (const ShardedParameter& p : parameters_) count += p.parameter->is_trainable ? p.layout.size(rank) : 0;
-    packed_counts_.push_back(count);
+    replica_counts_.push_back(count);
   }
   is_unsharded_ = !frees_storage();
   if (is_unsharded_) context_.memory.compute.add(copy_bytes_);

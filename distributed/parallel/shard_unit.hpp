@@ -67,12 +67,14 @@ class ShardUnit {
   // Takes .grad of every trainable parameter away, flat, in order. A missing gradient counts as zero. Local.
   Pieces take_gradients();
   void drop_gradients();
-  // Views of what belongs to each rank of RankGrid::world(), and to each shard, in such gradients: the packed layout.
-  std::vector<Pieces> slices_of_ranks(const Pieces& gradients) const;
+  // Views of what belongs to each shard in such gradients: the packed layout.
   std::vector<Pieces> slices_of_shards(const Pieces& gradients) const;
-  // Elements of the packed layout that belong to each rank, and to each shard.
-  const std::vector<std::int64_t>& packed_counts() const noexcept { return packed_counts_; }
+  // Views of what belongs to each replica of this shard: in such gradients where there is one shard, else in one tensor,
+  // this shard's part of the packed layout.
+  std::vector<Pieces> slices_of_replicas(const Pieces& sum) const;
+  // Elements of the packed layout that belong to each shard, and to each replica of this one.
   const std::vector<std::int64_t>& shard_counts() const noexcept { return shard_counts_; }
+  const std::vector<std::int64_t>& replica_counts() const noexcept { return replica_counts_; }
   // Sets ShardedParameter::gradient: from whole gradients, one tensor per trainable parameter, where there is one rank;
   // else from one tensor, this rank's part of the packed layout, completed by an all_gather over the replicas.
   // Collective where there are several. `spare`: whole gradients that may be overwritten with the result, or none.
@@ -111,6 +113,7 @@ class ShardUnit {
   std::unique_ptr<BucketStream> gather_stream(bool trainable_only);
   std::vector<Pieces> weights_of_shards(bool trainable_only) const;  // views of the compute copies
   void finish_gather();
+  std::vector<Pieces> slices_of_ranks(const Pieces& gradients) const;  // as slices_of_shards, of RankGrid::world()
   std::unique_ptr<BucketStream> gradient_stream(Pieces own_part);
   void fill_copy(std::size_t copy);
   void use_copy(std::size_t copy);
@@ -119,8 +122,8 @@ class ShardUnit {
   Unit& unit_;
   ShardContext context_;
   std::vector<ShardedParameter> parameters_;
-  std::vector<std::int64_t> packed_counts_;
   std::vector<std::int64_t> shard_counts_;
+  std::vector<std::int64_t> replica_counts_;
   std::optional<Gather> gather_;     // in flight
   std::optional<std::size_t> copy_;  // where the weights lie while unsharded, if in one of EngineBuffers::copies
   // From begin_gradients() to finish_gradients():

@@ -8,7 +8,7 @@
 
 namespace shardtune {
 
-TreeExchange::TreeExchange(const Axis& axis, Nodes nodes, std::vector<Pieces> parts)
+TreeExchange::TreeExchange(const ReductionAxis& axis, Nodes nodes, std::vector<Pieces> parts)
     : axis_(axis),
       nodes_(std::move(nodes)),
       parts_(std::move(parts)),

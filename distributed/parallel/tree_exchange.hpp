@@ -17,11 +17,6 @@ namespace shardtune {
 
 class TreeExchange {
  public:
-  struct Axis {
-    Communicator& ranks;
-    BucketPool& buckets;
-    std::vector<std::int64_t> counts;  // elements that go to each rank
-  };
   struct Nodes {
     std::vector<std::optional<TreeNode>> of_ranks;  // known to all ranks
     std::int64_t num_leaves;
@@ -29,7 +24,7 @@ class TreeExchange {
   };
   // Collective over the axis. parts: fp32, what this rank has for each rank, empty where it has no node. They are
   // let go of when they were put into buckets, at the latest when this returns.
-  TreeExchange(const Axis& axis, Nodes nodes, std::vector<Pieces> parts);
+  TreeExchange(const ReductionAxis& axis, Nodes nodes, std::vector<Pieces> parts);
   ~TreeExchange();  // drops what is under way
   TreeExchange(const TreeExchange&) = delete;
   TreeExchange& operator=(const TreeExchange&) = delete;
@@ -46,7 +41,7 @@ class TreeExchange {
   void finish_chunk(std::int64_t chunk);
   at::Tensor own_part(at::Tensor sum, std::int64_t chunk) const;
 
-  Axis axis_;
+  ReductionAxis axis_;
   Nodes nodes_;
   std::vector<Pieces> parts_;
   std::int64_t per_rank_;

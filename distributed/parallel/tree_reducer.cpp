@@ -10,36 +10,23 @@
 namespace shardtune {
 
 TreeReducer::TreeReducer(const ShardContext& context, GradientProbe probe)
-    : context_(context), probe_(std::move(probe)) {}
-
-void TreeReducer::begin_step(const RoundSchedule& schedule) {
-  schedule_ = schedule;
-  forget_finishing();
-  under_way_ = nullptr;
-  sums_.clear();
-  count_partials();
-}
+    : GradientReducer(context, std::move(probe)) {}
 
 TreeReducer::UnitSums& TreeReducer::sums(ShardUnit& unit) {
-  check_internal(schedule_.has_value(), "TreeReducer: no step has begun");
-  return sums_.try_emplace(&unit, schedule_->num_micro_batches()).first->second;
+  return sums_.try_emplace(&unit, schedule().num_micro_batches()).first->second;
 }
 
 TreeReducer::Axis TreeReducer::shard_axis(const ShardUnit& unit) const {
-  Axis axis{.ranks = {context_.grid.shards(), context_.buffers.shards, unit.shard_counts()}, .ranges = {}};
+  Axis axis{.ranks = over_shards(unit), .ranges = {}};
   for (int shard = 0; shard < context_.grid.num_shards(); ++shard)
-    axis.ranges.push_back(schedule_->range(shard, context_.grid.replica()));
+    axis.ranges.push_back(schedule().range(shard, context_.grid.replica()));
   return axis;
 }
 
 TreeReducer::Axis TreeReducer::replica_axis(const ShardUnit& unit) const {
-  Axis axis{.ranks = {context_.grid.replicas(), context_.buffers.replicas, {}}, .ranges = {}};
-  const int num_replicas = context_.grid.num_replicas();
-  for (int replica = 0; replica < num_replicas; ++replica) {
-    const int rank = context_.grid.shard() * num_replicas + replica;
-    axis.ranks.counts.push_back(unit.packed_counts()[static_cast<std::size_t>(rank)]);
-    axis.ranges.push_back(schedule_->range_of_replica(replica));
-  }
+  Axis axis{.ranks = over_replicas(unit), .ranges = {}};
+  for (int replica = 0; replica < context_.grid.num_replicas(); ++replica)
+    axis.ranges.push_back(schedule().range_of_replica(replica));
   return axis;
 }
 
@@ -47,26 +34,25 @@ void TreeReducer::add(ShardUnit& unit, std::int64_t round) {
   UnitSums& unit_sums = sums(unit);
   const int num_shards = context_.grid.num_shards();
   const int num_replicas = context_.grid.num_replicas();
-  const std::int64_t own_index = schedule_->micro_batch(context_.grid.world().rank(), round);
+  const std::int64_t own_index = schedule().micro_batch(context_.grid.world().rank(), round);
   Pieces gradients;
   if (own_index >= 0) {
-    gradients = unit.take_gradients();
-    if (probe_) probe_(unit.unit().name, gradients);
+    gradients = take_gradients(unit);
   } else {
     unit.drop_gradients();
   }
   if (num_shards > 1 && context_.plan.reduce_every_microbatch) {
     Contributions contributions;
     for (int shard = 0; shard < num_shards; ++shard) {
-      const std::int64_t index = schedule_->micro_batch(shard * num_replicas + context_.grid.replica(), round);
+      const std::int64_t index = schedule().micro_batch(shard * num_replicas + context_.grid.replica(), round);
       contributions.push_back(index >= 0 ? std::optional(TreeNode{0, index}) : std::nullopt);
     }
-    if (under_way_ != nullptr) merge(*under_way_);
+    merge_last_add();
     std::vector<Pieces> parts;
     if (own_index >= 0) parts = unit.slices_of_shards(gradients);
     gradients.clear();  // freed as soon as they are in buckets
     issue(unit_sums, unit_sums.shard, shard_axis(unit), std::move(parts), contributions);
-    under_way_ = &unit_sums;
+    set_last_add(unit);
   } else if (own_index >= 0) {
     round_leaves(gradients);
     (num_shards > 1 ? unit_sums.local : unit_sums.shard).add({0, own_index}, std::move(gradients));
@@ -91,10 +77,10 @@ void TreeReducer::issue(UnitSums& sums, TreeAccumulator& into, const Axis& axis,
                         const Contributions& contributions) {
   // The leaves were rounded to the reduce dtype, sums are not: what holds one goes as it is.
   const bool has_leaves_only = std::all_of(contributions.begin(), contributions.end(), [&](const auto& node) {
-    return !node || num_leaves_under(*node, schedule_->num_micro_batches()) == 1;
+    return !node || num_leaves_under(*node, schedule().num_micro_batches()) == 1;
   });
   const TreeExchange::Nodes nodes{.of_ranks = contributions,
-                                  .num_leaves = schedule_->num_micro_batches(),
+                                  .num_leaves = schedule().num_micro_batches(),
                                   .dtype = has_leaves_only ? context_.reduce_dtype : at::kFloat};
   sums.exchanges.push_back({std::make_unique<TreeExchange>(axis.ranks, nodes, std::move(parts)), &into});
 }
@@ -104,7 +90,7 @@ void TreeReducer::issue_subtrees(UnitSums& sums, TreeAccumulator& from, TreeAccu
   std::vector<std::vector<TreeNode>> nodes;  // of every rank
   std::size_t num_exchanges = 0;
   for (const auto& [begin, end] : axis.ranges) {
-    nodes.push_back(covering_nodes(begin, end, schedule_->num_micro_batches()));
+    nodes.push_back(covering_nodes(begin, end, schedule().num_micro_batches()));
     num_exchanges = std::max(num_exchanges, nodes.back().size());
   }
   std::vector<TreeAccumulator::Entry> own = from.take_nodes();
@@ -121,59 +107,36 @@ void TreeReducer::issue_subtrees(UnitSums& sums, TreeAccumulator& from, TreeAccu
   }
 }
 
-void TreeReducer::issue_over_shards(ShardUnit& unit, UnitSums& sums) {
-  issue_subtrees(sums, sums.local, sums.shard, shard_axis(unit),
-                 [&](const Pieces& whole) { return unit.slices_of_shards(whole); });
+bool TreeReducer::start_over_shards(ShardUnit& unit) {
+  UnitSums& unit_sums = sums(unit);
+  if (context_.grid.num_shards() > 1 && !context_.plan.reduce_every_microbatch)
+    issue_subtrees(unit_sums, unit_sums.local, unit_sums.shard, shard_axis(unit),
+                   [&](const Pieces& whole) { return unit.slices_of_shards(whole); });
+  return !unit_sums.exchanges.empty();
 }
 
-void TreeReducer::issue_over_replicas(ShardUnit& unit, UnitSums& sums) {
-  const Axis axis = replica_axis(unit);
-  issue_subtrees(sums, sums.shard, sums.owned, axis, [&](const Pieces& sum) {
-    if (context_.grid.num_shards() == 1) {
-      if (sums.spare.empty()) sums.spare = sum;
-      return unit.slices_of_ranks(sum);
-    }
-    std::vector<Pieces> parts;
-    for (const at::Tensor& part : split_bucket(sum.front(), axis.ranks.counts)) parts.push_back({part});
-    return parts;
+void TreeReducer::start_over_replicas(ShardUnit& unit) {
+  UnitSums& unit_sums = sums(unit);
+  issue_subtrees(unit_sums, unit_sums.shard, unit_sums.owned, replica_axis(unit), [&](const Pieces& sum) {
+    if (context_.grid.num_shards() == 1 && unit_sums.spare.empty()) unit_sums.spare = sum;
+    return unit.slices_of_replicas(sum);
   });
 }
 
-void TreeReducer::merge(UnitSums& sums) {
-  for (Exchange& exchange : sums.exchanges) {
-    for (auto& [node, sum] : exchange.exchange->finish()) exchange.into->add(node, std::move(sum));
-  }
-  sums.exchanges.clear();
-  if (under_way_ == &sums) under_way_ = nullptr;
+GradientReducer::Result TreeReducer::take_result(ShardUnit& unit) {
+  UnitSums& unit_sums = sums(unit);
+  TreeAccumulator& finished = context_.grid.num_replicas() > 1 ? unit_sums.owned : unit_sums.shard;
+  Result result{.own_part = finished.take_root(), .spare = std::move(unit_sums.spare)};
+  sums_.erase(&unit);
+  return result;
 }
 
-bool TreeReducer::advance(ShardUnit& unit) {
+void TreeReducer::merge_received(ShardUnit& unit) {
   UnitSums& unit_sums = sums(unit);
-  const bool has_replicas = context_.grid.num_replicas() > 1;
-  for (;;) {
-    switch (unit_sums.stage++) {
-      case 0:
-        if (context_.grid.num_shards() > 1 && !context_.plan.reduce_every_microbatch)
-          issue_over_shards(unit, unit_sums);
-        if (!unit_sums.exchanges.empty()) return true;
-        break;
-      case 1:
-        merge(unit_sums);
-        if (!has_replicas) break;
-        issue_over_replicas(unit, unit_sums);
-        return true;
-      case 2:
-        merge(unit_sums);
-        unit.begin_gradients((has_replicas ? unit_sums.owned : unit_sums.shard).take_root(),
-                             std::exchange(unit_sums.spare, {}));
-        if (has_replicas) return true;
-        break;
-      default:
-        unit.finish_gradients();
-        sums_.erase(&unit);
-        return false;
-    }
+  for (Exchange& exchange : unit_sums.exchanges) {
+    for (auto& [node, sum] : exchange.exchange->finish()) exchange.into->add(node, std::move(sum));
   }
+  unit_sums.exchanges.clear();
 }
 
 void TreeReducer::count_partials() {

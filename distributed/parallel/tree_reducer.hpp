@@ -23,11 +23,14 @@ class TreeReducer : public GradientReducer {
  public:
   TreeReducer(const ShardContext& context, GradientProbe probe);
 
-  void begin_step(const RoundSchedule& schedule) override;
   void add(ShardUnit& unit, std::int64_t round) override;
 
  protected:
-  bool advance(ShardUnit& unit) override;
+  bool start_over_shards(ShardUnit& unit) override;
+  void start_over_replicas(ShardUnit& unit) override;
+  Result take_result(ShardUnit& unit) override;
+  void merge_received(ShardUnit& unit) override;
+  void forget_sums() override { sums_.clear(); }
   void count_partials() override;
 
  private:
@@ -44,11 +47,10 @@ class TreeReducer : public GradientReducer {
     TreeAccumulator owned;  // this rank's slice, over all micro-batches
     std::vector<Exchange> exchanges;
     Pieces spare;  // whole gradients that were sent, see ShardUnit::begin_gradients
-    int stage = 0;
   };
   using Contributions = std::vector<std::optional<TreeNode>>;  // per rank of an axis: the node it sends, if any
   struct Axis {
-    TreeExchange::Axis ranks;
+    ReductionAxis ranks;
     std::vector<RoundSchedule::Range> ranges;
   };
 
@@ -61,16 +63,9 @@ class TreeReducer : public GradientReducer {
   // What this rank has for each rank of the axis in one of its sums.
   using Cut = std::function<std::vector<Pieces>(const Pieces& sum)>;
   void issue_subtrees(UnitSums& sums, TreeAccumulator& from, TreeAccumulator& into, const Axis& axis, const Cut& cut);
-  void issue_over_shards(ShardUnit& unit, UnitSums& sums);
-  void issue_over_replicas(ShardUnit& unit, UnitSums& sums);
   void round_leaves(const Pieces& gradients) const;
-  void merge(UnitSums& sums);
 
-  ShardContext context_;
-  GradientProbe probe_;
-  std::optional<RoundSchedule> schedule_;
   std::map<const ShardUnit*, UnitSums> sums_;  // looked up by unit only, never iterated for order
-  UnitSums* under_way_ = nullptr;              // of the last add()
 };
 
 }  // namespace shardtune

@@ -22,7 +22,7 @@ struct ToyRun {
   std::int64_t num_steps = 1;              // for train()
   double max_grad_norm = 0.0;              // for train()
   std::int64_t num_distinct_steps = 1000;  // train() repeats the batches after so many steps
-  Reduction reduction = Reduction::tree;
+  ReductionOrder reduction = ReductionOrder::tree;
   at::ScalarType reduce_dtype = at::kFloat;
   std::string share_frozen_on_host = {};
   std::int64_t bucket_bytes = kDefaultBucketBytes;

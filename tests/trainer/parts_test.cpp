@@ -109,21 +109,21 @@ TEST(PrecisionNote, IsSaidWhereTheProcessorEmulatesWhatWasAskedFor) {
 }
 
 TEST(Environment, ADifferentOrderOfSumsIsADifference) {
-  const auto described = [](Reduction reduction, int num_ranks) {
+  const auto described = [](ReductionOrder reduction, int num_ranks) {
     const ParallelOptions parallel{.plan = find_sharding_plan("zero3"), .reduction = reduction};
     return describe_environment({}, describe_reduction(parallel, num_ranks));
   };
-  const auto tree = described(Reduction::tree, 4);
-  EXPECT_TRUE(environment_differences(tree, described(Reduction::tree, 3)).empty());
+  const auto tree = described(ReductionOrder::tree, 4);
+  EXPECT_TRUE(environment_differences(tree, described(ReductionOrder::tree, 3)).empty());
   nlohmann::json old = tree;
   old.erase("reduction");
   EXPECT_TRUE(environment_differences(old, tree).empty()) << "there was nothing but the tree";
-  EXPECT_TRUE(environment_differences(described(Reduction::fast, 4), described(Reduction::fast, 4)).empty());
-  const auto differences = environment_differences(described(Reduction::fast, 4), described(Reduction::fast, 3));
+  EXPECT_TRUE(environment_differences(described(ReductionOrder::fast, 4), described(ReductionOrder::fast, 4)).empty());
+  const auto differences = environment_differences(described(ReductionOrder::fast, 4), described(ReductionOrder::fast, 3));
   ASSERT_EQ(differences.size(), 1U);
   EXPECT_EQ(differences.front(), "reduction: \"fast, zero3 on 4 ranks\" before, \"fast, zero3 on 3 ranks\" now");
-  EXPECT_EQ(environment_differences(tree, described(Reduction::fast, 4)).size(), 1U);
-  EXPECT_EQ(environment_differences(described(Reduction::fast, 4), tree).size(), 1U);
+  EXPECT_EQ(environment_differences(tree, described(ReductionOrder::fast, 4)).size(), 1U);
+  EXPECT_EQ(environment_differences(described(ReductionOrder::fast, 4), tree).size(), 1U);
 }
 
 TEST(LoadedModel, ClassesWithoutNamesInTheConfigAreHuggingFacesDefaults) {
