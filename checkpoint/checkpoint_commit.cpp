@@ -98,24 +98,23 @@ std::string make_manifest(const Commit& what) {
   return serialize_manifest(manifest);
 }
 
-void publish_manifest(const std::filesystem::path& output_dir, const std::string& manifest_text,
+std::string run_id_of(const nlohmann::json& run) {
+  return run.is_object() && run.contains("run_id") && run["run_id"].is_string() ? run["run_id"].get<std::string>() : "";
+}
+
+void publish_manifest(const std::filesystem::path& output_dir, std::int64_t step, const std::string& manifest_text,
                       const PhaseHook& phase) {
-  const std::filesystem::path origin = output_dir / "manifest.json";
-  const Manifest manifest = parse_manifest(manifest_text, origin);
-  const std::filesystem::path partial = partial_path(output_dir, manifest.step);
+  const std::filesystem::path partial = partial_path(output_dir, step);
   write_file_durably(partial / "manifest.json", manifest_text);
-  read_manifest(partial);
+  const Manifest manifest = read_manifest(partial);
   phase("manifest_written");
-  std::string run_id = "unknown";
-  if (manifest.run.is_object() && manifest.run.contains("run_id") && manifest.run["run_id"].is_string())
-    run_id = manifest.run["run_id"].get<std::string>();
-  publish_checkpoint(partial, checkpoint_path(output_dir, manifest.step), run_id);
+  publish_checkpoint(partial, checkpoint_path(output_dir, step), run_id_of(manifest.run));
   phase("directory_renamed");
 }
 
 void commit_checkpoint(const Commit& what, const PhaseHook& phase) {
   phase("agreed");
-  publish_manifest(what.output_dir, make_manifest(what), phase);
+  publish_manifest(what.output_dir, what.step, make_manifest(what), phase);
 }
 
 }  // namespace shardtune

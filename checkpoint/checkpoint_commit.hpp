@@ -31,11 +31,13 @@ struct Commit {
   int num_ranks = 1;  // that wrote them
 };
 
+std::string run_id_of(const nlohmann::json& run);  // empty where it has none
+
 // The text of the manifest that makes these files a checkpoint.
 std::string make_manifest(const Commit& what);
-// Writes the manifest into the partial directory, which holds its files, and publishes it, durably. `phase` as in
+// Writes the manifest into the partial directory of `step`, which holds its files, and publishes it, durably. `phase` as in
 // ShardWriter.
-void publish_manifest(const std::filesystem::path& output_dir, const std::string& manifest_text,
+void publish_manifest(const std::filesystem::path& output_dir, std::int64_t step, const std::string& manifest_text,
                       const PhaseHook& phase);
 // Both.
 void commit_checkpoint(const Commit& what, const PhaseHook& phase);

@@ -72,6 +72,9 @@ struct CheckpointStore::RunningSave {
       : step(save_step), retention(std::move(kept)), snapshot(std::move(view), staging_bytes) {}
 
   std::string what() const { return fmt::format("saving checkpoint-{}", step); }
+  Commit commit(const std::filesystem::path& output_dir, int num_ranks) const {
+    return {output_dir, step, snapshot.view().run, side_files, shards, num_ranks};
+  }
 
   const std::int64_t step;
   const Retention retention;
@@ -111,11 +114,12 @@ CheckpointStore::~CheckpointStore() {
   }
 }
 
-std::string CheckpointStore::file_name() const {
-  return ShardIdentity{0, communicator_.rank() / ranks_per_file_,
-                       (communicator_.size() + ranks_per_file_ - 1) / ranks_per_file_}
-      .file_name();
+ShardIdentity CheckpointStore::shard_identity(std::int64_t step) const {
+  return {step, communicator_.rank() / ranks_per_file_,
+          (communicator_.size() + ranks_per_file_ - 1) / ranks_per_file_};
 }
+
+std::string CheckpointStore::file_name() const { return shard_identity(0).file_name(); }
 
 std::filesystem::path CheckpointStore::write_directory(std::int64_t step) const {
   return local_ ? local_->partial(file_name(), step) : partial_path(output_dir_, step);
@@ -135,13 +139,11 @@ void CheckpointStore::begin_save(std::int64_t step, StateView view, const Retent
     remove_partial(e, step);
     throw;
   }
-  const ShardIdentity identity{step, communicator_.rank() / ranks_per_file_,
-                               (communicator_.size() + ranks_per_file_ - 1) / ranks_per_file_};
   const auto phase = [step, &snapshot = save->snapshot](const char* name) {
     snapshot.check_not_cancelled();  // a rank that fails must not wait until gigabytes are read back
     announce(name, step);
   };
-  save->writer.emplace(write_directory(step), identity, phase, is_compressed_);
+  save->writer.emplace(write_directory(step), shard_identity(step), phase, is_compressed_);
   save_ = std::move(save);
   if (!file_group_) {
     save_->stage = RunningSave::Stage::sealing;  // without others the first three stages are one
@@ -225,9 +227,7 @@ void CheckpointStore::start_sealing() {
 void CheckpointStore::start_drain() {
   RunningSave& save = *save_;
   save.shards = gather_strings(communicator_, save.description, 0);
-  if (communicator_.rank() == 0)
-    save.manifest_text = make_manifest(
-        {output_dir_, save.step, save.snapshot.view().run, save.side_files, save.shards, communicator_.size()});
+  if (communicator_.rank() == 0) save.manifest_text = make_manifest(save.commit(output_dir_, communicator_.size()));
   save.manifest_text = broadcast_string(communicator_, save.manifest_text, 0);
   if (!owns_file()) return;
   worker_.start([this, &save] {
@@ -254,11 +254,9 @@ void CheckpointStore::start_commit() {
     const auto phase = [&](const char* name) { announce(name, save.step); };
     if (local_) {
       phase("agreed");
-      publish_manifest(output_dir_, save.manifest_text, phase);
+      publish_manifest(output_dir_, save.step, save.manifest_text, phase);
     } else {
-      commit_checkpoint(
-          {output_dir_, save.step, save.snapshot.view().run, save.side_files, save.shards, communicator_.size()},
-          phase);
+      commit_checkpoint(save.commit(output_dir_, communicator_.size()), phase);
     }
     tidy_up(output_dir_, save.step, save.retention);
   });

@@ -20,6 +20,7 @@ namespace shardtune {
 
 class LocalStage;
 struct ManifestFile;
+struct ShardIdentity;
 
 struct CheckpointInfo {
   std::int64_t step = 0;
@@ -100,10 +101,11 @@ class CheckpointStore {
   void start_commit();
   void write_alone();
   bool owns_file() const { return communicator_.rank() % ranks_per_file_ == 0; }
+  ShardIdentity shard_identity(std::int64_t step) const;
   std::string file_name() const;
   std::filesystem::path write_directory(std::int64_t step) const;
   void finish_interrupted_drain();
-  bool drain_and_publish(const std::string& manifest_text,
+  bool drain_and_publish(std::int64_t step, const std::string& manifest_text,
                          const std::vector<std::pair<std::filesystem::path, ManifestFile>>& to_drain);
   void remove_partial(const Error& reason, std::int64_t step);
 

@@ -57,10 +57,6 @@ std::vector<std::string> missing_files(const Manifest& manifest, const Candidate
   return missing;
 }
 
-std::string run_id_of(const nlohmann::json& run) {
-  return run.is_object() && run.contains("run_id") && run["run_id"].is_string() ? run["run_id"].get<std::string>() : "";
-}
-
 }  // namespace
 
 // Collective. What is committed decides: only newer local ones of the same run count.
@@ -100,15 +96,14 @@ void CheckpointStore::finish_interrupted_drain() {
         for (const auto& path : mine->files)
           if (path.filename() == file.name) to_drain.emplace_back(path.parent_path(), file);
       }
-      if (drain_and_publish(text, to_drain)) return;
+      if (drain_and_publish(it->first, text, to_drain)) return;
     }
   }
 }
 
 // Collective. False, with a warning, when the local copy cannot be used.
-bool CheckpointStore::drain_and_publish(const std::string& manifest_text,
+bool CheckpointStore::drain_and_publish(std::int64_t step, const std::string& manifest_text,
                                         const std::vector<std::pair<std::filesystem::path, ManifestFile>>& to_drain) {
-  const std::int64_t step = parse_manifest(manifest_text, "manifest.json").step;
   const std::string what = fmt::format("draining checkpoint-{} from the local disks", step);
   const std::filesystem::path partial = partial_path(output_dir_, step);
   const bool is_root = communicator_.rank() == 0;
@@ -121,7 +116,7 @@ bool CheckpointStore::drain_and_publish(const std::string& manifest_text,
     });
     run_agreed(communicator_, what, [&] {
       if (!is_root) return;
-      publish_manifest(output_dir_, manifest_text, [](const char*) {});
+      publish_manifest(output_dir_, step, manifest_text, [](const char*) {});
       write_latest(output_dir_, step);
     });
     log::info("checkpoint-{} was whole on the local disks and is committed now", step);

@@ -86,7 +86,7 @@ std::string hf_trainer_state(const RunState& state, const RunOptions& options, s
       {"best_model_checkpoint", has_best ? nlohmann::json(fmt::format("{}/checkpoint-{}", train.output_dir, state.best_step))
                                          : nlohmann::json()},
       {"epoch", static_cast<double>(state.step) / static_cast<double>(steps_per_epoch)},
-      {"eval_steps", resolve_interval(train.eval_steps > 0 ? train.eval_steps : train.logging_steps, max_steps)},
+      {"eval_steps", resolve_interval(effective_eval_steps(train), max_steps)},
       {"global_step", state.step},
       {"is_hyper_param_search", false},
       {"is_local_process_zero", true},
