@@ -61,7 +61,7 @@ ParallelOptions parallel_options(const TrainOptions& train, Communicator& world)
   ParallelOptions options{.plan = resolve_sharding_plan(request),
                           .hsdp_shard_size = request.hsdp_shard_size,
                           .compute_dtype = train.bf16 ? at::kBFloat16 : train.fp16 ? at::kHalf : at::kFloat,
-                          .reduction = train.reduction == "fast" ? Reduction::fast : Reduction::tree,
+                          .reduction = train.reduction == "fast" ? ReductionOrder::fast : ReductionOrder::tree,
                           .reduce_dtype = train.reduce_dtype == "bf16" ? at::kBFloat16 : at::kFloat,
                           .recompute = {.every = train.gradient_checkpointing_every,
                                         .budget_bytes = train.activation_memory_budget << 20}};
@@ -77,7 +77,7 @@ ParallelOptions parallel_options(const TrainOptions& train, Communicator& world)
 }
 
 std::string describe_reduction(const ParallelOptions& options, int num_ranks) {
-  if (options.reduction == Reduction::tree) return "tree";
+  if (options.reduction == ReductionOrder::tree) return "tree";
   const std::string shards = options.hsdp_shard_size > 0 ? fmt::format(" of {}", options.hsdp_shard_size) : "";
   return fmt::format("fast, {}{} on {} ranks", options.plan.name, shards, num_ranks);
 }
@@ -147,7 +147,7 @@ TrainerSettings trainer_settings(const RunOptions& options, std::int64_t steps_p
     return {.every = resolve_interval(steps, settings.max_steps)};
   };
   settings.logging = interval(train.logging_strategy, train.logging_steps);
-  settings.eval = interval(train.eval_strategy, train.eval_steps > 0 ? train.eval_steps : train.logging_steps);
+  settings.eval = interval(train.eval_strategy, effective_eval_steps(train));
   settings.save = interval(train.save_strategy, train.save_steps);
   settings.save.and_last = train.save_strategy != Interval::no;
   settings.logging_first_step = train.logging_first_step;

@@ -75,9 +75,8 @@ void check_sizes(const TrainOptions& train) {
 void check_optimizer(const RunOptions& options) {
   const TrainOptions& train = options.train;
   const OptimizerSettings settings = optimizer_settings(train);  // refuses what does not fit together
-  const auto& given = options.explicitly_set;
   for (const char* name : {"adam_beta1", "adam_beta2", "adam_epsilon"})
-    if (settings.name == "sgd" && std::find(given.begin(), given.end(), name) != given.end())
+    if (settings.name == "sgd" && is_explicitly_set(options, name))
       fail(ErrorKind::config, fmt::format("--{} is AdamW's, --optim is sgd; leave one of them out", name));
   need(std::isfinite(train.learning_rate) && train.learning_rate >= 0, "learning_rate", train.learning_rate, "0 or more is needed");
   need(std::isfinite(train.weight_decay) && train.weight_decay >= 0, "weight_decay", train.weight_decay, "0 or more is needed");
@@ -98,9 +97,8 @@ void check_intervals(const TrainOptions& train, bool has_validation_file) {
     if (strategy != Interval::steps) return;
     need(std::isfinite(steps) && steps > 0 && (steps < 1 || steps == std::floor(steps)), name, steps, "a whole number of steps, or a share below 1, is needed");
   };
-  const double eval_steps = train.eval_steps > 0 ? train.eval_steps : train.logging_steps;
   check("logging_steps", train.logging_strategy, train.logging_steps);
-  check("eval_steps", train.eval_strategy, eval_steps);
+  check("eval_steps", train.eval_strategy, effective_eval_steps(train));
   check("save_steps", train.save_strategy, train.save_steps);
   if ((train.eval_strategy != Interval::no || train.eval_on_start) && !has_validation_file)
     fail(ErrorKind::config, fmt::format("--{} asks for evaluations but there is no --validation_file",
@@ -121,6 +119,17 @@ PlanRequest plan_request(const TrainOptions& train) {
   }
   request.hsdp_shard_size = static_cast<int>(train.hsdp_shard_size);
   return request;
+}
+
+double effective_eval_steps(const TrainOptions& train) {
+  return train.eval_steps > 0 ? train.eval_steps : train.logging_steps;
+}
+
+std::string resolved_text(const RunOptions& options) {
+  std::string text;
+  for (const auto& [name, value] : options.resolved)
+    if (!value.empty()) text += fmt::format("{} = {}\n", name, value);
+  return text;
 }
 
 bool is_explicitly_set(const RunOptions& options, const std::string& name) {

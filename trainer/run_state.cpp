@@ -114,8 +114,6 @@ void check_same_run(const RunIdentity& stored, const RunIdentity& now) {
                                         "and --optim_args it was started with, or start a new run from its weights with "
                                         "--model_name_or_path and another --output_dir",
                                         stored.optimizer, now.optimizer));
-  if (stored.task != now.task)
-    fail(ErrorKind::config, fmt::format("--task = {} contradicts the run being resumed ({})", now.task, stored.task));
   if (stored.model_hash != now.model_hash)
     fail(ErrorKind::data,
          "the checkpoint belongs to another model: its configuration differs from the one given by --model_name_or_path "

@@ -38,7 +38,8 @@ RunIdentity fresh_identity(const RunOptions& options, int num_ranks);
 // naming it, both values and what to do.
 void adopt_identity(const RunIdentity& stored, RunOptions& options);
 
-// The model, the labels and the training data must be those of the run; Error{data} otherwise.
+// The model, the labels and the training data must be those of the run; Error{data} otherwise. So must the optimizer;
+// Error{config} otherwise.
 void check_same_run(const RunIdentity& stored, const RunIdentity& now);
 
 // Environment in which bits are promised; where it differs on resume the differences are returned as text.

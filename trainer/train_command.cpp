@@ -18,8 +18,8 @@
 #include "distributed/parallel/sharding_plan.hpp"
 #include "trainer/build.hpp"
 #include "trainer/checkpointing.hpp"
-#include "trainer/precision_note.hpp"
 #include "trainer/commands.hpp"
+#include "trainer/precision_note.hpp"
 #include "trainer/stop_signal.hpp"
 #include "trainer/weights.hpp"
 
@@ -54,6 +54,7 @@ class TrainRun {
   void load_weights();
   StateView make_view(const RunState& state);
   void finish();
+  nlohmann::json environment() const { return describe_environment(options_, describe_reduction(parallel_, world_.size())); }
   nlohmann::json evaluate_now();
   TrainOutcome train();
 
@@ -120,7 +121,7 @@ void TrainRun::find_run_to_resume() {
                                         resume_from_.string(), resume_from_.string()));
   resumed_ = RunState::from_json(stored.at("state"), resume_from_.string());
   adopt_identity(resumed_->identity, options_);
-  for (const std::string& difference : environment_differences(stored.at("environment"), describe_environment(options_, describe_reduction(parallel_, world_.size()))))
+  for (const std::string& difference : environment_differences(stored.at("environment"), environment()))
     log::warn("resuming under other conditions, so the result is no longer promised bit for bit: {}", difference);
 }
 
@@ -198,7 +199,7 @@ nlohmann::json TrainRun::evaluate_now() {
 
 StateView TrainRun::make_view(const RunState& state) {
   StateView view = make_state_view(*engine_, optimizer_.get());
-  view.run = {{"step", state.step}, {"run_id", state.identity.run_id}, {"state", state.to_json()}, {"environment", describe_environment(options_, describe_reduction(parallel_, world_.size()))}};
+  view.run = {{"step", state.step}, {"run_id", state.identity.run_id}, {"state", state.to_json()}, {"environment", environment()}};
   if (world_.rank() == 0) {
     for (auto& [name, content] : companion_files(*model_, source_)) view.side_files.push_back({name, content});
     view.side_files.push_back({"trainer_state.json", hf_trainer_state(state, options_, settings_.max_steps, settings_.steps_per_epoch)});
@@ -209,10 +210,7 @@ StateView TrainRun::make_view(const RunState& state) {
 TrainOutcome TrainRun::train() {
   std::vector<std::unique_ptr<Observer>> observers;
   if (world_.rank() == 0) {
-    std::string config;
-    for (const auto& [name, value] : options_.resolved)
-      if (!value.empty()) config += fmt::format("{} = {}\n", name, value);
-    write_file_durably(fs::path(options_.train.output_dir) / "resolved.cfg", config);
+    write_file_durably(fs::path(options_.train.output_dir) / "resolved.cfg", resolved_text(options_));
     observers.push_back(make_metrics_writer(options_.train.output_dir, state_.step));
     observers.push_back(make_progress_display(!options_.train.disable_tqdm && ::isatty(STDERR_FILENO) != 0));
   }
