@@ -21,10 +21,12 @@
 #include "distributed/comm/thread_group.hpp"
 #include "tests/checkpoint/temp_dir.hpp"
 #include "tests/checkpoint/test_state.hpp"
+#include "tests/support/error_of.hpp"
 
 namespace shardtune {
 namespace {
 namespace fs = std::filesystem;
+using testing_support::error_of;
 
 const std::vector<TestTensor> kTensors = test_tensors(3000);  // the largest spans several pieces
 
@@ -48,18 +50,6 @@ std::string load_at(const fs::path& checkpoint, std::int64_t step, int num_ranks
   return said;
 }
 
-template <class Call>
-std::string message_of(ErrorKind kind, const Call& call) {
-  try {
-    call();
-  } catch (const Error& e) {
-    EXPECT_EQ(e.kind(), kind) << e.what();
-    return e.what();
-  }
-  ADD_FAILURE() << "no error";
-  return "";
-}
-
 TEST(Reshard, AnyNumberOfFilesHoldsTheSameState) {
   TempDir dir;
   const fs::path original = save_at(dir / "a", 5, 3);
@@ -73,7 +63,7 @@ TEST(Reshard, AnyNumberOfFilesHoldsTheSameState) {
     EXPECT_EQ(read_file(last / "tokenizer.json"), read_file(original / "tokenizer.json"));
     EXPECT_TRUE(diff_checkpoints(original, last)["equal"].get<bool>());
   }
-  EXPECT_NE(message_of(ErrorKind::config, [&] { reshard_checkpoint(original, dir / "to1", 2); }).find("exists already"),
+  EXPECT_NE(error_of(ErrorKind::config, [&] { reshard_checkpoint(original, dir / "to1", 2); }).find("exists already"),
             std::string::npos);
 }
 
@@ -81,7 +71,7 @@ TEST(Reshard, DamageIsRefusedAndLeavesNothing) {
   TempDir dir;
   const fs::path original = save_at(dir / "a", 5, 2);
   std::fstream(original / "shard-00001-of-00002.h5", std::ios::in | std::ios::out).seekp(50'000) << "x";
-  EXPECT_NE(message_of(ErrorKind::data, [&] { reshard_checkpoint(original, dir / "b", 3); }).find("shard-00001"),
+  EXPECT_NE(error_of(ErrorKind::data, [&] { reshard_checkpoint(original, dir / "b", 3); }).find("shard-00001"),
             std::string::npos);
   EXPECT_TRUE(fs::is_empty(dir / "b"));
 }
@@ -143,10 +133,10 @@ TEST(Export, SafetensorsHoldTheValuesInOneOrSeveralFiles) {
     EXPECT_TRUE(fs::exists(dir / name / "tokenizer.json"));
     EXPECT_FALSE(fs::exists(dir / name / "empty.txt"));
   }
-  EXPECT_NE(message_of(ErrorKind::config, [&] { export_safetensors(checkpoint, dir / "one", {}); }).find("already"),
+  EXPECT_NE(error_of(ErrorKind::config, [&] { export_safetensors(checkpoint, dir / "one", {}); }).find("already"),
             std::string::npos);
   EXPECT_NE(
-      message_of(ErrorKind::config, [&] { export_safetensors(checkpoint, dir / "x", {.dtype = "fp8"}); }).find("fp8"),
+      error_of(ErrorKind::config, [&] { export_safetensors(checkpoint, dir / "x", {.dtype = "fp8"}); }).find("fp8"),
       std::string::npos);
 }
 
@@ -188,7 +178,7 @@ TEST(Import, APickleIsRefusedWithAdvice) {
   TempDir dir;
   fs::create_directories(dir / "model");
   std::ofstream(dir / "model/pytorch_model.bin") << "PK";
-  EXPECT_NE(message_of(ErrorKind::data, [&] { import_model(dir / "model", dir / "out"); }).find("save_pretrained"),
+  EXPECT_NE(error_of(ErrorKind::data, [&] { import_model(dir / "model", dir / "out"); }).find("save_pretrained"),
             std::string::npos);
   EXPECT_FALSE(fs::exists(dir / "out"));
 }
@@ -226,7 +216,7 @@ TEST(Sizes, AreReadAsHuggingFaceDoes) {
   EXPECT_EQ(parse_byte_size("200MiB", "o"), 200U << 20);
   EXPECT_EQ(parse_byte_size("4096", "o"), 4096U);
   for (const char* wrong : {"", "GB", "-1", "0", "5XB", "1.5GB", "99999999999999999999", "99999999999TB"})
-    EXPECT_NE(message_of(ErrorKind::config, [&] { parse_byte_size(wrong, "max_shard_size"); }).find("max_shard_size"),
+    EXPECT_NE(error_of(ErrorKind::config, [&] { parse_byte_size(wrong, "max_shard_size"); }).find("max_shard_size"),
               std::string::npos);
 }
 
@@ -240,8 +230,8 @@ TEST(Prune, KeepsTheNewestGoodAndTheBest) {
   EXPECT_EQ(prune_output_dir(dir.path(), 1),
             (std::vector<std::string>{"checkpoint-5"}));  // the damaged one, not the last good one
   fs::remove(dir / "checkpoint-4/manifest.json");
-  message_of(ErrorKind::data, [&] { prune_output_dir(dir.path(), 1); });
-  message_of(ErrorKind::config, [&] { prune_output_dir(dir.path(), 0); });
+  error_of(ErrorKind::data, [&] { prune_output_dir(dir.path(), 1); });
+  error_of(ErrorKind::config, [&] { prune_output_dir(dir.path(), 0); });
 }
 
 TEST(Prune, WhatIsBeingReadStays) {
@@ -276,10 +266,10 @@ TEST(OutputLock, ASecondJobIsRefusedByNameAndACrashLeavesNoLock) {
   TempDir dir;
   {
     const OutputLock first(dir.path(), "train");
-    const std::string said = message_of(ErrorKind::config, [&] { const OutputLock second(dir.path(), "train", 0.2); });
+    const std::string said = error_of(ErrorKind::config, [&] { const OutputLock second(dir.path(), "train", 0.2); });
     EXPECT_NE(said.find(fmt::format("train, process {}", ::getpid())), std::string::npos) << said;
-    message_of(ErrorKind::config, [&] { repair_output_dir(dir.path()); });
-    message_of(ErrorKind::config, [&] { prune_output_dir(dir.path(), 1); });
+    error_of(ErrorKind::config, [&] { repair_output_dir(dir.path()); });
+    error_of(ErrorKind::config, [&] { prune_output_dir(dir.path(), 1); });
   }
   const OutputLock again(dir.path(), "train", 0);
 }
@@ -297,7 +287,7 @@ TEST(OutputLock, IsReleasedWhenItsHolderIsKilled) {
   }
   char byte = 0;
   ASSERT_EQ(::read(ready[0], &byte, 1), 1);
-  message_of(ErrorKind::config, [&] { const OutputLock second(dir.path(), "train", 0); });
+  error_of(ErrorKind::config, [&] { const OutputLock second(dir.path(), "train", 0); });
   ::kill(child, SIGKILL);
   const OutputLock next(dir.path(), "train", 10);  // without waiting for the child: patience must suffice
   ::waitpid(child, nullptr, 0);

@@ -12,9 +12,12 @@
 
 #include "core/error.hpp"
 #include "core/rng.hpp"
+#include "tests/support/error_of.hpp"
 
 namespace shardtune {
 namespace {
+
+using testing_support::error_of;
 
 std::vector<std::int64_t> values_of(const at::Tensor& tensor) {
   const auto* data = tensor.const_data_ptr<std::int64_t>();
@@ -81,17 +84,6 @@ Groups cut(const std::vector<std::size_t>& lengths, std::int64_t micro, std::int
   options.micro_batch_size = micro;
   options.max_tokens_per_batch = max_tokens;
   return groups_of(make_step(examples_of_lengths(lengths), counting(lengths.size()), options));
-}
-
-template <class Call>
-std::string error_of(ErrorKind kind, Call&& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.kind(), kind) << error.what();
-    return error.what();
-  }
-  return "nothing was thrown";
 }
 
 TEST(EpochOrder, IsAPermutationThatDependsOnSeedAndEpochAlone) {

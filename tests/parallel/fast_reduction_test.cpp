@@ -39,7 +39,7 @@ TEST_P(FastReduction, SumsAreThoseOfTheTreeToRounding) {
     // V sums in another order, each off by half a unit of at most the sum of all magnitudes, which is below V times the
     // result's where gradients of a step do not cancel.
     const double bound = static_cast<double>(v * v) * 0x1p-24;
-    run.reduction = Reduction::fast;
+    run.reduction = ReductionOrder::fast;
     for (const std::string& plan : all_plans()) {
       for (const int ranks : {1, 2, 3, 4, 8}) {
         run.plan = plan;
@@ -61,7 +61,7 @@ TEST(FastReduction, WhatTravelsInBf16IsRoundedToIt) {
   at::set_num_threads(1);
   ToyRun run{.plan = "ddp", .num_micro_batches = 5};
   const Tensors wanted = gradients(run);
-  run.reduction = Reduction::fast;
+  run.reduction = ReductionOrder::fast;
   run.reduce_dtype = at::kBFloat16;
   for (const std::string& plan : all_plans()) {
     run.plan = plan;
@@ -77,7 +77,7 @@ TEST(FastReduction, TrainsToTheWeightsOfTheTreeAndAgainToTheSameBits) {
   at::set_num_threads(1);
   ToyRun run{.plan = "ddp", .num_micro_batches = 5, .num_steps = 4, .max_grad_norm = 1.0};
   const Tensors wanted = train(run);
-  run.reduction = Reduction::fast;
+  run.reduction = ReductionOrder::fast;
   for (const std::string& plan : all_plans()) {
     for (const bool checkpointing : {false, true}) {
       run.plan = plan;
@@ -95,7 +95,7 @@ TEST(FastReduction, ASliceLostIsSeen) {
   at::set_num_threads(1);
   ToyRun run{.plan = "ddp", .num_micro_batches = 5};
   const Tensors wanted = gradients(run);
-  run.reduction = Reduction::fast;
+  run.reduction = ReductionOrder::fast;
   run.num_ranks = 4;
   run.make_probe = [](int rank) -> GradientProbe {
     if (rank != 1) return nullptr;
@@ -127,13 +127,13 @@ TEST(FastReduction, PlansThatReduceOnceReduceEveryUnitOnce) {
   ToyRun run{.num_ranks = 4, .num_micro_batches = 12};
   for (const char* plan : {"ddp", "zero1"}) {
     run.plan = plan;
-    run.reduction = Reduction::fast;
+    run.reduction = ReductionOrder::fast;
     const auto fast = collectives_of_rank_0(run);
     EXPECT_FALSE(fast.contains("all_to_all")) << plan;
     run.num_micro_batches = 4;
     EXPECT_EQ(collectives_of_rank_0(run), fast) << "accumulation costs no communication under " << plan;
     run.num_micro_batches = 12;
-    run.reduction = Reduction::tree;
+    run.reduction = ReductionOrder::tree;
     auto tree = collectives_of_rank_0(run);
     EXPECT_GT(tree["all_to_all"] + tree["reduce_scatter"], fast.at("reduce_scatter")) << plan;
   }

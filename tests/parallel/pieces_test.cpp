@@ -19,9 +19,12 @@
 #include "distributed/parallel/round_schedule.hpp"
 #include "distributed/parallel/sharding_plan.hpp"
 #include "distributed/parallel/tree_accumulator.hpp"
+#include "tests/support/error_of.hpp"
 
 namespace shardtune {
 namespace {
+
+using testing_support::error_of;
 
 at::Tensor random_tensor(std::uint64_t key, std::int64_t numel) {
   PhiloxStream random(key);
@@ -163,19 +166,8 @@ TEST(RoundSchedule, EveryMicroBatchIsDealtOnceUnderEveryPlanAndGrid) {
   EXPECT_EQ(num_checked, 5 * 5 * 3 * 7);
 }
 
-std::string message_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.kind(), ErrorKind::config);
-    return error.what();
-  }
-  ADD_FAILURE() << "nothing was thrown";
-  return "";
-}
-
 std::string message_of_plan(const char* name) {
-  return message_of([&] { find_sharding_plan(name); });
+  return error_of(ErrorKind::config, [&] { find_sharding_plan(name); });
 }
 
 TEST(ShardingPlan, TableHoldsFiveRows) {
@@ -186,11 +178,11 @@ TEST(ShardingPlan, TableHoldsFiveRows) {
 TEST(ShardingPlan, SettingsThatThePlanCannotHonourAreRefusedByName) {
   EXPECT_FALSE(resolve_sharding_plan({.name = "zero3", .reshard_after_forward = false}).reshard_after_forward);
   EXPECT_TRUE(resolve_sharding_plan({.name = "hsdp", .hsdp_shard_size = 4}).reshard_after_forward);
-  EXPECT_NE(message_of([] {
+  EXPECT_NE(error_of(ErrorKind::config, [] {
               resolve_sharding_plan({.name = "zero2", .reshard_after_forward = false});
             }).find("--reshard_after_forward = false: zero2 never frees"),
             std::string::npos);
-  EXPECT_NE(message_of([] {
+  EXPECT_NE(error_of(ErrorKind::config, [] {
               resolve_sharding_plan({.name = "zero3", .hsdp_shard_size = 4});
             }).find("--hsdp_shard_size = 4 needs --sharding hsdp"),
             std::string::npos);
@@ -210,7 +202,7 @@ TEST(ShardingPlan, SpellingsOfHuggingFaceAreMappedOrRefusedByName) {
   check("no_shard", "ddp", {});
   check("hybrid_shard auto_wrap", "hsdp", {});
   check("hybrid_shard_zero2", "hsdp", false);
-  const auto message = [](const char* fsdp) { return message_of([&] { plan_from_fsdp(fsdp); }); };
+  const auto message = [](const char* fsdp) { return error_of(ErrorKind::config, [&] { plan_from_fsdp(fsdp); }); };
   EXPECT_NE(message("full_shard offload").find("offload is not supported"), std::string::npos);
   EXPECT_NE(message("full_shard shard_grad_op").find("contradict"), std::string::npos);
   EXPECT_NE(message("auto_wrap").find("names no strategy"), std::string::npos);
@@ -227,7 +219,7 @@ TEST(RankGrid, ReplicasOfAShardAreNeighboursAndShardsStayOnTheNode) {
     EXPECT_EQ(grid.replica(), world.rank() / 3);
     EXPECT_EQ(grid.world().rank(), grid.shard() * 2 + grid.replica());
   });
-  EXPECT_NE(message_of([] {
+  EXPECT_NE(error_of(ErrorKind::config, [] {
               run_thread_ranks(6, [](Communicator& world) { RankGrid(world, find_sharding_plan("hsdp"), 4); });
             }).find("--hsdp_shard_size = 4 does not divide the 6 ranks"),
             std::string::npos);
@@ -244,8 +236,8 @@ TEST(RankGrid, TheRanksOfANodeAreCountedOrRefused) {
   EXPECT_EQ(size_with({"a", "a", "b", "b", "c", "c"}), 2);
   EXPECT_EQ(size_with({"a", "a", "a"}), 3);
   EXPECT_EQ(size_with({"a", "b"}), 1);
-  EXPECT_NE(message_of([&] { size_with({"a", "a", "b"}); }).find("rank 2 of host b"), std::string::npos);
-  EXPECT_NE(message_of([&] { size_with({"a", "b", "a", "b"}); }).find("rank 1 of host b"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::config, [&] { size_with({"a", "a", "b"}); }).find("rank 2 of host b"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::config, [&] { size_with({"a", "b", "a", "b"}); }).find("rank 1 of host b"), std::string::npos);
 }
 
 TEST(ShardingPlan, UnknownNamesSuggestTheNearest) {

@@ -10,6 +10,7 @@
 #include "checkpoint/inspect.hpp"
 #include "checkpoint/tools.hpp"
 #include "core/error.hpp"
+#include "tests/support/error_of.hpp"
 #include "tests/support/tiny_run.hpp"
 #include "tests/trainer/thread_run.hpp"
 
@@ -17,6 +18,7 @@ namespace shardtune {
 namespace {
 
 namespace fs = std::filesystem;
+using testing_support::error_of;
 using testing_support::fresh_directory;
 using testing_support::make_tiny_run;
 using testing_support::resume_on_threads;
@@ -42,19 +44,10 @@ TEST(OptimizerOptions, SgdReadsHuggingFacesArguments) {
   EXPECT_EQ(optimizer_family(optimizer_settings({})), "adamw");
 }
 
-std::string refusal(const TrainOptions& train) {
-  try {
-    optimizer_settings(train);
-  } catch (const Error& e) {
-    EXPECT_EQ(e.kind(), ErrorKind::config);
-    return e.what();
-  }
-  return "accepted";
-}
-
 TEST(OptimizerOptions, WhatAnOptimizerDoesNotTakeIsRefusedByName) {
   const auto expect_refused = [](const TrainOptions& train, const std::string& words) {
-    EXPECT_NE(refusal(train).find(words), std::string::npos) << refusal(train);
+    const std::string said = error_of(ErrorKind::config, [&] { optimizer_settings(train); });
+    EXPECT_NE(said.find(words), std::string::npos) << said;
   };
   expect_refused(sgd("momentum=1"), "momentum = 1");
   expect_refused(sgd("momentum=fast"), "momentum = fast");

@@ -7,13 +7,14 @@
 #include <nlohmann/json.hpp>
 
 #include "checkpoint/checkpoint_store.hpp"
-#include "core/error.hpp"
+#include "tests/support/error_of.hpp"
 #include "tests/support/tiny_run.hpp"
 #include "tests/trainer/thread_run.hpp"
 
 namespace shardtune {
 namespace {
 
+using testing_support::error_of;
 using testing_support::fresh_directory;
 using testing_support::make_tiny_run;
 using testing_support::TinyFamily;
@@ -35,17 +36,6 @@ Steps recorded_steps(const RunOptions& options, const char* key) {
     if (record.contains(key)) steps.push_back(record.at("step").get<std::int64_t>());
   }
   return steps;
-}
-
-std::string error_of(const std::function<void()>& run, ErrorKind kind) {
-  try {
-    run();
-  } catch (const Error& e) {
-    EXPECT_EQ(e.kind(), kind) << e.what();
-    return e.what();
-  }
-  ADD_FAILURE() << "nothing was refused";
-  return "";
 }
 
 // Nothing is learned, so the first of equal evaluations stays the best; no save is due at its step.
@@ -123,7 +113,7 @@ TEST_F(Resume, RefusesWhatContradictsIt) {
   RunOptions options = resumed();
   options.train.seed = 8;
   options.explicitly_set = {"seed"};
-  const std::string said = error_of([&] { train_on_threads(options, 1); }, ErrorKind::config);
+  const std::string said = error_of(ErrorKind::config, [&] { train_on_threads(options, 1); });
   for (const char* word : {"--seed = 8", "started with 42"}) EXPECT_NE(said.find(word), std::string::npos) << said;
 }
 
@@ -133,7 +123,7 @@ TEST(Options, AnExplicitShardingMustAgreeWithFsdp) {
   options.train.fsdp = "full_shard auto_wrap";
   EXPECT_NO_THROW(validate(options, "train"));
   options.explicitly_set = {"sharding"};
-  const std::string said = error_of([&] { validate(options, "train"); }, ErrorKind::config);
+  const std::string said = error_of(ErrorKind::config, [&] { validate(options, "train"); });
   for (const char* word : {"full_shard", "zero3", "ddp"}) EXPECT_NE(said.find(word), std::string::npos) << said;
   std::filesystem::remove_all(directory);
 }
@@ -144,7 +134,7 @@ TEST(Options, EvaluatingNeedsAValidationFile) {
   options.data.validation_file.clear();
   EXPECT_NO_THROW(validate(options, "train"));
   options.train.eval_on_start = true;
-  EXPECT_NE(error_of([&] { validate(options, "train"); }, ErrorKind::config).find("eval_on_start"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::config, [&] { validate(options, "train"); }).find("eval_on_start"), std::string::npos);
   std::filesystem::remove_all(directory);
 }
 
