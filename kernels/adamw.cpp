@@ -99,9 +99,11 @@ template <bool kSmallWeight, class Moment>
   }
 }
 
+constexpr const char* kRequirement =
+    "adamw_step: needs 1-d contiguous CPU tensors of equal size, fp32, (moments, copy) bf16 or (copy) fp16";
+
 void* checked_data(const at::Tensor& tensor, std::int64_t numel, at::ScalarType dtype) {
-  return flat_data(tensor, numel, dtype,
-                   "adamw_step: needs 1-d contiguous CPU tensors of equal size, fp32 or (moments) bf16");
+  return flat_data(tensor, numel, dtype, kRequirement);
 }
 
 template <class Moment>
@@ -112,15 +114,18 @@ void run_step(const AdamWSlice& slice, const Factors& factors, at::ScalarType mo
                                   static_cast<Moment*>(checked_data(slice.exp_avg_sq, numel, moment_dtype)),
                                   static_cast<const float*>(checked_data(slice.grad, numel, at::kFloat)),
                                   static_cast<std::uint32_t>(slice.offset)};
+  const RoundedCopy rounded(slice.rounded, numel, kRequirement);
   const bool has_small_weight = factors.one_minus_beta1 < 0.5F;
   constexpr std::int64_t kGrain = 1 << 15;
   at::parallel_for(0, numel, kGrain, [&](std::int64_t begin, std::int64_t end) {
     simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
-      if (has_small_weight) {
-        update<true>(pointers, begin, end, factors);
-      } else {
-        update<false>(pointers, begin, end, factors);
-      }
+      rounded.run(pointers.param, begin, end, [&](std::int64_t from, std::int64_t to) SHARDTUNE_VECTOR_BODY {
+        if (has_small_weight) {
+          update<true>(pointers, from, to, factors);
+        } else {
+          update<false>(pointers, from, to, factors);
+        }
+      });
     });
   });
 }

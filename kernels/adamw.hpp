@@ -28,14 +28,15 @@ struct AdamWOptions {
 };
 
 // 1-d contiguous CPU tensors of equal size, possibly empty; fp32, exp_avg and exp_avg_sq both fp32 or both bf16. param,
-// exp_avg, exp_avg_sq are updated in place through raw memory (no version counters). Thread-safe for disjoint tensors.
-// Error{internal} for tensors that do not fit.
+// exp_avg, exp_avg_sq are updated in place through raw memory (no version counters). One pass: everything is read and
+// written once. Thread-safe for disjoint tensors. Error{internal} for tensors that do not fit.
 struct AdamWSlice {
   at::Tensor param;
   at::Tensor exp_avg;
   at::Tensor exp_avg_sq;
   at::Tensor grad;
   std::int64_t offset = 0;  // index of the first element in the parameter, for the rounding of bf16 moments
+  at::Tensor rounded = {};  // bf16 or fp16: becomes the new param rounded to nearest even; or undefined
 };
 void adamw_step(const AdamWSlice& slice, const AdamWOptions& options);
 

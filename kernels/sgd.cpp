@@ -47,22 +47,26 @@ template <Kind kKind, bool kDecays>
 }
 
 template <Kind kKind>
-void run_step(const Pointers& pointers, std::int64_t numel, const Factors& factors) {
+void run_step(const Pointers& pointers, const RoundedCopy& rounded, std::int64_t numel, const Factors& factors) {
   constexpr std::int64_t kGrain = 1 << 15;
   at::parallel_for(0, numel, kGrain, [&](std::int64_t begin, std::int64_t end) {
     simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
-      if (factors.weight_decay != 0.0F) {
-        update<kKind, true>(pointers, begin, end, factors);
-      } else {
-        update<kKind, false>(pointers, begin, end, factors);
-      }
+      rounded.run(pointers.param, begin, end, [&](std::int64_t from, std::int64_t to) SHARDTUNE_VECTOR_BODY {
+        if (factors.weight_decay != 0.0F) {
+          update<kKind, true>(pointers, from, to, factors);
+        } else {
+          update<kKind, false>(pointers, from, to, factors);
+        }
+      });
     });
   });
 }
 
+constexpr const char* kRequirement =
+    "sgd_step: needs 1-d contiguous CPU tensors of equal size, fp32 or (copy) bf16 or fp16";
+
 float* checked_data(const at::Tensor& tensor, std::int64_t numel) {
-  return static_cast<float*>(
-      flat_data(tensor, numel, at::kFloat, "sgd_step: needs 1-d contiguous fp32 CPU tensors of equal size"));
+  return static_cast<float*>(flat_data(tensor, numel, at::kFloat, kRequirement));
 }
 
 }  // namespace
@@ -75,13 +79,14 @@ void sgd_step(const SgdSlice& slice, const SgdOptions& options) {
   const Pointers pointers{checked_data(slice.param, numel),
                           has_momentum ? checked_data(slice.momentum_buffer, numel) : nullptr,
                           checked_data(slice.grad, numel)};
+  const RoundedCopy rounded(slice.rounded, numel, kRequirement);
   const Factors factors{.minus_lr = static_cast<float>(-options.lr),
                         .momentum = static_cast<float>(options.momentum),
                         .weight_decay = static_cast<float>(options.weight_decay),
                         .grad_scale = static_cast<float>(options.grad_scale)};
-  if (options.nesterov) return run_step<Kind::nesterov>(pointers, numel, factors);
-  if (has_momentum) return run_step<Kind::momentum>(pointers, numel, factors);
-  run_step<Kind::plain>(pointers, numel, factors);
+  if (options.nesterov) return run_step<Kind::nesterov>(pointers, rounded, numel, factors);
+  if (has_momentum) return run_step<Kind::momentum>(pointers, rounded, numel, factors);
+  run_step<Kind::plain>(pointers, rounded, numel, factors);
 }
 
 }  // namespace shardtune

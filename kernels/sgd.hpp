@@ -18,12 +18,13 @@ struct SgdOptions {
 };
 
 // 1-d contiguous fp32 CPU tensors of equal size, possibly empty. param and momentum_buffer are updated in place through
-// raw memory (no version counters). momentum_buffer is undefined exactly where momentum is 0. Thread-safe for disjoint
+// raw memory (no version counters), in one pass. momentum_buffer is undefined exactly where momentum is 0. Thread-safe for disjoint
 // tensors. Error{internal} for tensors that do not fit.
 struct SgdSlice {
   at::Tensor param;
   at::Tensor momentum_buffer;
   at::Tensor grad;
+  at::Tensor rounded = {};  // bf16 or fp16: becomes the new param rounded to nearest even; or undefined
 };
 void sgd_step(const SgdSlice& slice, const SgdOptions& options);
 

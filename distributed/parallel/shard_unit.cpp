@@ -87,8 +87,11 @@ void ShardUnit::create_storage(ShardedParameter& sharded) {
     copy_bytes_ -= static_cast<std::int64_t>(sharded.master.nbytes());
   } else {
     sharded.master = at::empty({numel}, at::kFloat);
-    has_copies_ = true;
-    if (frees_storage()) resize_storage(parameter.value, 0);
+    if (frees_storage()) {
+      resize_storage(parameter.value, 0);
+    } else {
+      sharded.compute_copy = raw_flat(parameter.value).narrow(0, sharded.master_offset, numel);
+    }
   }
   context_.memory.masters.add(static_cast<std::int64_t>(sharded.master.nbytes()));
   parameter.value.set_requires_grad(parameter.is_trainable);
@@ -155,16 +158,17 @@ std::unique_ptr<BucketStream> ShardUnit::gather_stream(bool trainable_only) {
   Communicator& shards = context_.grid.shards();
   const auto own = static_cast<std::size_t>(shards.rank());
   const std::int64_t per_rank = context_.buffers.shards.numel_per_rank(context_.compute_dtype);
-  Pieces masters;
+  Pieces own_weights;
   for (const ShardedParameter& p : parameters_) {
-    if (p.parameter->is_trainable || !trainable_only) masters.push_back(p.master);
+    if (p.parameter->is_trainable || !trainable_only)
+      own_weights.push_back(p.compute_copy.defined() ? p.compute_copy : p.master);
   }
   const std::vector<std::int64_t> counts = counts_of_shards(trainable_only);
   BucketStream::Steps steps;
   steps.start = [=, &shards, dtype = context_.compute_dtype](std::int64_t chunk, const at::Tensor& bucket) {
     const std::vector<std::int64_t> in_chunk = counts_of_chunk(counts, chunk, per_rank);
     const Pieces places = split_bucket(bucket.view(dtype), in_chunk);
-    copy_out(masters, chunk * per_rank, places[own]);
+    copy_out(own_weights, chunk * per_rank, places[own]);
     const at::Tensor all = bucket.view(dtype).narrow(0, 0, num_elements(places));
     return shards.all_gather(as_wire(all), as_wire(places[own]), in_chunk);
   };
@@ -186,7 +190,7 @@ void ShardUnit::finish_gather() {
   for (const ShardedParameter& p : parameters_) {
     if (gather_->trainable_only && !p.parameter->is_trainable) continue;
     // Where a master is a part of its compute copy, it is there already (and a background save may be reading it).
-    if (p.master.is_alias_of(p.parameter->value)) continue;
+    if (p.compute_copy.defined() || p.master.is_alias_of(p.parameter->value)) continue;
     raw_flat(p.parameter->value).narrow(0, p.master_offset, p.master.numel()).copy_(p.master);
   }
   gather_.reset();
@@ -236,8 +240,11 @@ void ShardUnit::reshard() noexcept {
 
 void ShardUnit::begin_refresh() {
   if (frees_storage()) return;
-  if (context_.grid.num_shards() > 1) return begin_gather(/*trainable_only=*/false);
-  copy_masters(/*trainable_only=*/false);
+  const at::NoGradGuard no_grad;
+  for (const ShardedParameter& p : parameters_) {
+    if (p.compute_copy.defined()) p.compute_copy.copy_(p.master);
+  }
+  if (context_.grid.num_shards() > 1) begin_gather(/*trainable_only=*/false);
 }
 
 void ShardUnit::finish_refresh() {
@@ -247,20 +254,7 @@ void ShardUnit::finish_refresh() {
 }
 
 void ShardUnit::masters_changed() {
-  if (frees_storage() || !has_trainable_) return;
-  if (context_.grid.num_shards() > 1) {
-    is_unsharded_ = false;
-  } else {
-    copy_masters(/*trainable_only=*/true);
-  }
-}
-
-void ShardUnit::copy_masters(bool trainable_only) {
-  if (!has_copies_) return;
-  const at::NoGradGuard no_grad;
-  for (const ShardedParameter& p : parameters_) {
-    if (p.parameter->is_trainable || !trainable_only) raw_flat(p.parameter->value).copy_(p.master);
-  }
+  if (!frees_storage() && has_trainable_ && context_.grid.num_shards() > 1) is_unsharded_ = false;
 }
 
 void ShardUnit::gather_replicas(const ShardedParameter& parameter, at::Tensor like_master) {
@@ -286,7 +280,7 @@ void ShardUnit::drop_frozen_masters() {
       p.master = std::move(rounded);
       context_.memory.masters.add(static_cast<std::int64_t>(p.master.nbytes()));
     } else {
-      p.master = raw_flat(p.parameter->value).narrow(0, p.master_offset, p.master.numel());
+      p.master = std::exchange(p.compute_copy, {});
     }
   }
 }

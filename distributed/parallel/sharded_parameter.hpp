@@ -26,6 +26,10 @@ struct ShardedParameter {
   // that frozen parameters whose values fit into the compute dtype have no fp32 master once they are loaded.
   at::Tensor master;
   std::int64_t master_offset = 0;  // first element of `master` in the flat parameter
+  // The same elements of the compute copy, in its dtype, where the plan keeps one beside the master (ddp, zero1, zero2 in
+  // bf16 and fp16); else undefined. Whoever changes the master of a trainable parameter writes its rounded values here
+  // too, before ParallelEngine::after_optimizer_step().
+  at::Tensor compute_copy;
   // Cut like `master`, fp32. Defined between ParallelEngine::finish_step() and after_optimizer_step(), trainable only.
   at::Tensor gradient;
 

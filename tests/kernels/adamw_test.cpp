@@ -127,6 +127,26 @@ TEST(AdamW, CuttingTheTensorsChangesNoBit) {
   }
 }
 
+TEST(AdamW, TheCopyIsTheNewParameterRounded) {
+  for (const std::int64_t numel : {1, 16, 2047, 2049, 100'003}) {
+    for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {
+      const AdamWOptions options{.lr = 1e-2, .weight_decay = 0.1};
+      AdamWSlice without = start_state(numel);
+      AdamWSlice with = start_state(numel);
+      without.grad = with.grad = gradient(1, numel);
+      with.rounded = at::zeros({numel}, dtype);
+      adamw_step(without, options);
+      adamw_step(with, options);
+      EXPECT_TRUE(at::equal(with.param, without.param));
+      EXPECT_TRUE(at::equal(with.exp_avg_sq, without.exp_avg_sq));
+      EXPECT_TRUE(at::equal(with.rounded, with.param.to(dtype))) << numel << " " << dtype;
+    }
+  }
+  const AdamWSlice s = start_state(8);
+  for (const at::Tensor& misfit : {at::zeros({8}), at::zeros({7}, at::kBFloat16)})
+    EXPECT_THROW(adamw_step({s.param, s.exp_avg, s.exp_avg_sq, at::zeros({8}), 0, misfit}, {}), Error);
+}
+
 AdamWSlice with_bf16_moments(AdamWSlice s) {
   s.exp_avg = s.exp_avg.to(at::kBFloat16);
   s.exp_avg_sq = s.exp_avg_sq.to(at::kBFloat16);

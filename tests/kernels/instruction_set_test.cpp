@@ -81,9 +81,10 @@ void add_optimizers(Digest& digest, std::int64_t numel) {
   const auto numbers = [&](std::uint64_t key) { return random_tensor(key, {numel}); };
   for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
     for (const double beta1 : {0.9, 0.4}) {
-      const AdamWSlice slice{numbers(1), numbers(2).to(dtype), numbers(3).abs().to(dtype), numbers(4)};
+      AdamWSlice slice{numbers(1), numbers(2).to(dtype), numbers(3).abs().to(dtype), numbers(4)};
+      slice.rounded = at::empty({numel}, beta1 > 0.5 ? at::kBFloat16 : at::kHalf);
       adamw_step(slice, {.beta1 = beta1, .weight_decay = 0.01, .step = 3});
-      for (const at::Tensor& tensor : {slice.param, slice.exp_avg, slice.exp_avg_sq}) digest.add(tensor);
+      for (const at::Tensor& tensor : {slice.param, slice.exp_avg, slice.exp_avg_sq, slice.rounded}) digest.add(tensor);
     }
   }
   for (const double decay : {0.0, 0.01}) {

@@ -69,6 +69,21 @@ TEST(Sgd, CuttingTheTensorsChangesNoBit) {
   }
 }
 
+TEST(Sgd, TheCopyIsTheNewParameterRounded) {
+  constexpr std::int64_t kNumel = 70'003;
+  for (const SgdOptions& o : kVariants) {
+    for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {
+      const SgdSlice without = start_state(kNumel, o);
+      SgdSlice with = start_state(kNumel, o);
+      with.rounded = at::zeros({kNumel}, dtype);
+      sgd_step(without, o);
+      sgd_step(with, o);
+      expect_same_bits(with.param, without.param, "parameters");
+      expect_same_bits(with.rounded, with.param.to(dtype), "copy");
+    }
+  }
+}
+
 TEST(Sgd, TheNumberOfThreadsChangesNoBit) {
   const SgdOptions& o = kVariants[4];
   expect_same_bits_for_any_thread_count(

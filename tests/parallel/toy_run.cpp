@@ -42,7 +42,7 @@ void optimizer_step(Rank& rank, const ToyRun& run, std::vector<AdamWSlice>& stat
     const ShardedParameter& p = *trainable[i];
     if (state.size() <= i) {
       const auto zeros = [&] { return at::zeros({p.master.numel()}, run.state_dtype); };
-      state.push_back({p.master, zeros(), zeros(), {}, p.master_offset});
+      state.push_back({p.master, zeros(), zeros(), {}, p.master_offset, p.compute_copy});
     }
     state[i].grad = p.gradient;
     adamw_step(state[i], {.lr = 1e-2,
