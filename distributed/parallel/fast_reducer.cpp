@@ -41,14 +41,17 @@ void FastReducer::add(ShardUnit& unit, std::int64_t round) {
   count_partials();
 }
 
-void FastReducer::issue(UnitSum& unit_sum, const ReductionAxis& axis, std::vector<Pieces> parts) {
+void FastReducer::issue_over_shards(ShardUnit& unit, UnitSum& unit_sum, const Pieces& gradients) {
+  const ReductionAxis axis = over_shards(unit);
   const at::ScalarType dtype = context_.reduce_dtype;
   const auto own_rank = static_cast<std::size_t>(axis.ranks.rank());
   const std::int64_t per_rank = axis.buckets.numel_per_rank(dtype);
   const std::int64_t chunks = num_chunks(axis.counts, per_rank);
+  std::vector<Pieces> slices;
+  if (!gradients.empty()) slices = unit.slices_of_shards(gradients);
   unit_sum.out = at::empty({axis.counts[own_rank]}, dtype);
   BucketStream::Steps steps;
-  steps.start = [=, &ranks = axis.ranks, counts = axis.counts, out = unit_sum.out, parts = std::move(parts)](
+  steps.start = [=, &ranks = axis.ranks, counts = axis.counts, out = unit_sum.out, parts = std::move(slices)](
                     std::int64_t chunk, const at::Tensor& bucket) mutable {
     const std::vector<std::int64_t> in_chunk = counts_of_chunk(counts, chunk, per_rank);
     const at::Tensor in_bucket = bucket.view(dtype);
@@ -70,12 +73,6 @@ void FastReducer::issue(UnitSum& unit_sum, const ReductionAxis& axis, std::vecto
   unit_sum.stream->start_all();
 }
 
-void FastReducer::issue_over_shards(ShardUnit& unit, UnitSum& unit_sum, const Pieces& gradients) {
-  std::vector<Pieces> parts;
-  if (!gradients.empty()) parts = unit.slices_of_shards(gradients);
-  issue(unit_sum, over_shards(unit), std::move(parts));
-}
-
 bool FastReducer::start_over_shards(ShardUnit& unit) {
   UnitSum& unit_sum = sums_[&unit];  // new where this rank had no micro-batch: its part is zero
   if (!context_.plan.runs_every_round()) {
@@ -86,16 +83,9 @@ bool FastReducer::start_over_shards(ShardUnit& unit) {
   return unit_sum.stream != nullptr;
 }
 
-void FastReducer::start_over_replicas(ShardUnit& unit) {
-  UnitSum& unit_sum = sums_[&unit];
-  std::vector<Pieces> parts;
-  if (context_.grid.num_shards() == 1) {
-    unit_sum.spare = std::exchange(unit_sum.whole, {});
-    if (!unit_sum.spare.empty()) parts = unit.slices_of_replicas(unit_sum.spare);
-  } else {
-    parts = unit.slices_of_replicas({std::exchange(unit_sum.sum, {})});
-  }
-  issue(unit_sum, over_replicas(unit), std::move(parts));
+bool FastReducer::start_over_replicas(ShardUnit& unit) {
+  unit.begin_all_reduce(take_sum(unit), context_.reduce_dtype);
+  return true;
 }
 
 void FastReducer::merge_received(ShardUnit& unit) {
@@ -108,19 +98,20 @@ void FastReducer::merge_received(ShardUnit& unit) {
   unit_sum.sum = unit_sum.sum.defined() ? unit_sum.sum.add_(out) : out.to(at::kFloat);
 }
 
-GradientReducer::Result FastReducer::take_result(ShardUnit& unit) {
+Pieces FastReducer::take_sum(ShardUnit& unit) {
   UnitSum& unit_sum = sums_[&unit];
-  if (unit_sum.sum.defined()) unit_sum.whole = {std::exchange(unit_sum.sum, {})};
-  Result result{.own_part = std::move(unit_sum.whole), .spare = std::move(unit_sum.spare)};
+  Pieces sum = std::move(unit_sum.whole);
+  if (unit_sum.sum.defined()) sum = {std::move(unit_sum.sum)};
   sums_.erase(&unit);
-  return result;
+  return sum;
 }
+
+GradientReducer::Result FastReducer::take_result(ShardUnit& unit) { return {.own_part = take_sum(unit), .spare = {}}; }
 
 void FastReducer::count_partials() {
   std::int64_t bytes = 0;
   for (const auto& [unit, unit_sum] : sums_) {
-    bytes += unit_sum.held_bytes +
-             (num_elements(unit_sum.whole) + num_elements(unit_sum.spare)) * static_cast<std::int64_t>(sizeof(float));
+    bytes += unit_sum.held_bytes + num_elements(unit_sum.whole) * static_cast<std::int64_t>(sizeof(float));
     for (const at::Tensor& tensor : {unit_sum.sum, unit_sum.out})
       if (tensor.defined()) bytes += static_cast<std::int64_t>(tensor.nbytes());
   }

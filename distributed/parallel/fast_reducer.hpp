@@ -22,7 +22,7 @@ class FastReducer : public GradientReducer {
 
  protected:
   bool start_over_shards(ShardUnit& unit) override;
-  void start_over_replicas(ShardUnit& unit) override;
+  bool start_over_replicas(ShardUnit& unit) override;
   Result take_result(ShardUnit& unit) override;
   void merge_received(ShardUnit& unit) override;
   void forget_sums() override { sums_.clear(); }
@@ -30,18 +30,17 @@ class FastReducer : public GradientReducer {
 
  private:
   struct UnitSum {
-    Pieces whole;    // of this rank's micro-batches, before anything was sent
-    at::Tensor sum;  // fp32: of this rank's shard; at last of its own slice
+    Pieces whole;    // of this rank's micro-batches, where it has no shards
+    at::Tensor sum;  // fp32: of this rank's shard
     // A reduction under way and what comes out of it.
     std::unique_ptr<BucketStream> stream;
     at::Tensor out;
-    Pieces spare;                 // whole gradients that were sent, see ShardUnit::begin_gradients
     std::int64_t held_bytes = 0;  // in .grad between micro-batches
   };
 
-  // parts: what this rank has for each rank of the axis; empty counts as zero.
-  void issue(UnitSum& unit_sum, const ReductionAxis& axis, std::vector<Pieces> parts);
+  // Empty gradients count as zero.
   void issue_over_shards(ShardUnit& unit, UnitSum& unit_sum, const Pieces& gradients);
+  Pieces take_sum(ShardUnit& unit);  // nothing is kept of the unit
 
   std::map<const ShardUnit*, UnitSum> sums_;  // looked up by unit only, never iterated for order
 };

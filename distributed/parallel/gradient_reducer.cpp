@@ -58,7 +58,7 @@ bool GradientReducer::advance(ShardUnit& unit) {
       case 1:
         merge(unit);
         if (!has_replicas) break;
-        start_over_replicas(unit);
+        if (start_over_replicas(unit)) ++stages_[&unit];
         return true;
       case 2: {
         merge(unit);

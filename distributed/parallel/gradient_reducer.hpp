@@ -43,7 +43,9 @@ class GradientReducer {
   // A unit's way in finish(), in this order; each waits (merge) for what the one before has issued.
   // Sums over the shards, where add() has not. True when anything is under way.
   virtual bool start_over_shards(ShardUnit& unit) = 0;
-  virtual void start_over_replicas(ShardUnit& unit) = 0;  // only where there are several
+  // Only where there are several. True: what is under way ends in ShardUnit's gradients (begin_all_reduce), and nothing is
+  // kept of the unit. False: in what take_result() gives.
+  virtual bool start_over_replicas(ShardUnit& unit) = 0;
   struct Result {
     Pieces own_part, spare;  // as ShardUnit::begin_gradients wants them
   };

@@ -12,7 +12,7 @@
 //     engine.backward(loss);                                    // the gradients of a dummy batch are discarded
 //   }
 //   engine.finish_step();
-//   norm = engine.grad_norm();  optimizer reads ShardedParameter::gradient, updates ShardedParameter::master
+//   norm = engine.grad_norm();  optimizer reads ShardedParameter::gradient, updates its master and compute_copy
 //   engine.after_optimizer_step();
 // Evaluation: { EvaluationScope scope(engine); per round as above: forward under no-grad; the ranks without a batch run
 // a dummy forward when runs_every_round(). }
@@ -89,8 +89,8 @@ class ParallelEngine {
   void finish_step();
   // Collective; between finish_step() and after_optimizer_step(). L2 norm of all gradients, same bits everywhere.
   double grad_norm();
-  // Local. Frees the gradients; the compute copies are made anew from the masters, at once where these are whole, unit
-  // by unit in the next forward pass where they are cut (zero1, zero2). Also for a skipped step.
+  // Local. Frees the gradients. Compute copies whose masters are cut are completed from the other ranks' unit by unit in
+  // the next forward pass (zero1, zero2). Also for a skipped step.
   void after_optimizer_step();
 
   const MemoryUse& memory() const noexcept { return memory_; }

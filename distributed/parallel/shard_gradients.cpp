@@ -65,38 +65,49 @@ void ShardUnit::begin_gradients(Pieces own_part, Pieces spare) {
   } else if (!spare.empty()) {
     gradients_ = std::move(spare);
   } else {
-    const std::int64_t count = shard_counts_[static_cast<std::size_t>(context_.grid.shard())];
     // With one replica the packed layout is the parameters one after another: nothing to rearrange.
-    const at::Tensor all = num_replicas == 1 ? own_part.front() : at::empty({count}, at::kFloat);
-    std::vector<std::int64_t> counts;
-    for (const ShardedParameter& p : parameters_) {
-      if (p.parameter->is_trainable) counts.push_back(p.master.numel());
-    }
-    gradients_ = split_bucket(all, counts);
+    create_gradients(num_replicas == 1 ? own_part.front() : at::Tensor());
   }
-  gradient_bytes_ = num_elements(gradients_) * static_cast<std::int64_t>(sizeof(float));
-  context_.memory.gradients.add(gradient_bytes_);
+  count_gradients();
   if (num_replicas == 1) return;
   gradient_stream_ = gradient_stream(std::move(own_part));
   gradient_stream_->start_all();
 }
 
-std::unique_ptr<BucketStream> ShardUnit::gradient_stream(Pieces own_part) {
-  Communicator& replicas = context_.grid.replicas();
-  const int num_replicas = replicas.size();
+void ShardUnit::create_gradients(const at::Tensor& packed) {
+  const std::int64_t count = shard_counts_[static_cast<std::size_t>(context_.grid.shard())];
+  std::vector<std::int64_t> counts;
+  for (const ShardedParameter& p : parameters_) {
+    if (p.parameter->is_trainable) counts.push_back(p.master.numel());
+  }
+  gradients_ = split_bucket(packed.defined() ? packed : at::empty({count}, at::kFloat), counts);
+}
+
+void ShardUnit::count_gradients() {
+  gradient_bytes_ = num_elements(gradients_) * static_cast<std::int64_t>(sizeof(float));
+  context_.memory.gradients.add(gradient_bytes_);
+}
+
+std::vector<Pieces> ShardUnit::gradients_of_replicas() const {
+  const int num_replicas = context_.grid.num_replicas();
   const int first_rank = context_.grid.shard() * num_replicas;
-  const std::int64_t per_rank = context_.buffers.replicas.numel_per_rank(at::kFloat);
-  std::vector<Pieces> results(replica_counts_.size());
+  std::vector<Pieces> parts(replica_counts_.size());
   auto gradient = gradients_.begin();
   for (const ShardedParameter& p : parameters_) {
     if (!p.parameter->is_trainable) continue;
     for (int replica = 0; replica < num_replicas; ++replica) {
       const int rank = first_rank + replica;
-      results[static_cast<std::size_t>(replica)].push_back(
+      parts[static_cast<std::size_t>(replica)].push_back(
           gradient->narrow(0, p.layout.begin(rank) - p.master_offset, p.layout.size(rank)));
     }
     ++gradient;
   }
+  return parts;
+}
+
+std::unique_ptr<BucketStream> ShardUnit::gradient_stream(Pieces own_part) {
+  Communicator& replicas = context_.grid.replicas();
+  const std::int64_t per_rank = context_.buffers.replicas.numel_per_rank(at::kFloat);
   BucketStream::Steps steps;
   steps.start = [=, this, &replicas, part = std::move(own_part)](std::int64_t chunk, const at::Tensor& bucket) {
     const std::vector<std::int64_t> in_chunk = counts_of_chunk(replica_counts_, chunk, per_rank);
@@ -105,11 +116,50 @@ std::unique_ptr<BucketStream> ShardUnit::gradient_stream(Pieces own_part) {
     copy_out(part, chunk * per_rank, own);
     return replicas.all_gather(bucket.view(at::kFloat).narrow(0, 0, num_elements(places)), own, in_chunk);
   };
-  steps.finish = [=, this, results = std::move(results)](std::int64_t chunk, const at::Tensor& bucket) {
+  steps.finish = [=, this, results = gradients_of_replicas()](std::int64_t chunk, const at::Tensor& bucket) {
     const Pieces places = split_bucket(bucket.view(at::kFloat), counts_of_chunk(replica_counts_, chunk, per_rank));
     for (std::size_t r = 0; r < places.size(); ++r) copy_in(results[r], chunk * per_rank, places[r]);
   };
-  return std::make_unique<BucketStream>(context_.buffers.replicas, num_chunks(replica_counts_, per_rank), std::move(steps));
+  return std::make_unique<BucketStream>(context_.buffers.replicas, num_chunks(replica_counts_, per_rank),
+                                        std::move(steps));
+}
+
+void ShardUnit::begin_all_reduce(Pieces sum, at::ScalarType dtype) {
+  release_gradients();
+  if (context_.grid.num_shards() == 1 && !sum.empty()) {
+    gradients_ = sum;
+  } else {
+    create_gradients(at::Tensor());
+  }
+  count_gradients();
+  Pieces results;
+  if (context_.grid.num_shards() == 1) {
+    results = gradients_;
+  } else {
+    for (const Pieces& part : gradients_of_replicas()) results.insert(results.end(), part.begin(), part.end());
+  }
+  const std::int64_t numel = num_elements(results);
+  const std::int64_t per_chunk = context_.buffers.replicas.numel_per_rank(dtype) * context_.grid.num_replicas();
+  const std::int64_t chunks = num_chunks({numel}, per_chunk);
+  const auto of_chunk = [=](std::int64_t chunk, const at::Tensor& bucket) {
+    return bucket.view(dtype).narrow(0, 0, counts_of_chunk({numel}, chunk, per_chunk).front());
+  };
+  BucketStream::Steps steps;
+  steps.start = [=, this, parts = std::move(sum)](std::int64_t chunk, const at::Tensor& bucket) mutable {
+    const at::Tensor place = of_chunk(chunk, bucket);
+    if (parts.empty()) {
+      place.zero_();
+    } else {
+      copy_out(parts, chunk * per_chunk, place);
+    }
+    if (chunk + 1 == chunks) parts.clear();
+    return context_.grid.replicas().all_reduce(place, ReduceOp::sum);
+  };
+  steps.finish = [=, results = std::move(results)](std::int64_t chunk, const at::Tensor& bucket) {
+    copy_in(results, chunk * per_chunk, of_chunk(chunk, bucket));
+  };
+  gradient_stream_ = std::make_unique<BucketStream>(context_.buffers.replicas, chunks, std::move(steps));
+  gradient_stream_->start_all();
 }
 
 void ShardUnit::finish_gradients() {

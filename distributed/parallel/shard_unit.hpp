@@ -79,6 +79,10 @@ class ShardUnit {
   // else from one tensor, this rank's part of the packed layout, completed by an all_gather over the replicas.
   // Collective where there are several. `spare`: whole gradients that may be overwritten with the result, or none.
   void begin_gradients(Pieces own_part, Pieces spare);
+  // The same where an all_reduce in `dtype` over the replicas (several) gives the result. sum: of this replica, whole
+  // gradients where there is one shard, which become the result; else one tensor, this shard's part of the packed
+  // layout; or nothing, which counts as zero. Collective.
+  void begin_all_reduce(Pieces sum, at::ScalarType dtype);
   void finish_gradients();
   void release_gradients();
 
@@ -95,8 +99,8 @@ class ShardUnit {
   // Compute copies that the plan keeps := masters. Collective where masters are cut.
   void begin_refresh();
   void finish_refresh();
-  // The masters of the trainable parameters have changed. Local: where masters are cut, the compute copies that the
-  // plan keeps are out of date until the next unshard().
+  // The masters of the trainable parameters have changed. Local: where masters are cut, the other ranks' parts of the
+  // compute copies that the plan keeps are out of date until the next unshard().
   void masters_changed();
 
  private:
@@ -114,10 +118,12 @@ class ShardUnit {
   std::vector<Pieces> weights_of_shards(bool trainable_only) const;  // views of the compute copies
   void finish_gather();
   std::vector<Pieces> slices_of_ranks(const Pieces& gradients) const;  // as slices_of_shards, of RankGrid::world()
+  void create_gradients(const at::Tensor& packed);  // undefined: uninitialised memory
+  void count_gradients();
+  std::vector<Pieces> gradients_of_replicas() const;  // views of gradients_: this shard's part of the packed layout
   std::unique_ptr<BucketStream> gradient_stream(Pieces own_part);
   void fill_copy(std::size_t copy);
   void use_copy(std::size_t copy);
-  void copy_masters(bool trainable_only);  // to compute copies; masters are whole
 
   Unit& unit_;
   ShardContext context_;
@@ -131,7 +137,6 @@ class ShardUnit {
   std::unique_ptr<BucketStream> gradient_stream_;
   at::Tensor shared_frozen_;  // bytes, see share_frozen()
   bool has_trainable_ = false;
-  bool has_copies_ = false;  // some compute copy is not its master
   bool is_unsharded_ = false;
   std::int64_t copy_bytes_ = 0;      // of the compute copies while they exist in memory of this rank alone
   std::int64_t gradient_bytes_ = 0;  // held through set_gradients

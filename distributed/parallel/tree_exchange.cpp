@@ -8,6 +8,27 @@
 
 namespace shardtune {
 
+std::optional<TreeNode> parent_in_order(const std::vector<std::optional<TreeNode>>& of_ranks, std::int64_t num_leaves) {
+  const std::optional<TreeNode>& first = of_ranks.front();
+  if (!first) return std::nullopt;
+  const auto num_ranks = static_cast<std::int64_t>(of_ranks.size());
+  const auto has_same_leaves = [num_leaves](TreeNode a, TreeNode b) {  // nodes at the right end have several labels
+    return a.index << a.level == b.index << b.level &&
+           num_leaves_under(a, num_leaves) == num_leaves_under(b, num_leaves);
+  };
+  for (std::int64_t rank = 0; rank < num_ranks; ++rank) {
+    const std::optional<TreeNode>& node = of_ranks[static_cast<std::size_t>(rank)];
+    if (!node || !has_same_leaves(*node, {first->level, first->index + rank})) return std::nullopt;
+  }
+  const int height = std::bit_width(static_cast<std::uint64_t>(num_ranks) - 1);
+  // Whole subtrees of the height of the ranks' own tree, or all there is at the right end of the canonical one.
+  const bool is_aligned = first->index % (std::int64_t{1} << height) == 0;
+  const bool is_full =
+      num_ranks == std::int64_t{1} << height || ((first->index + num_ranks) << first->level) >= num_leaves;
+  if (!is_aligned || !is_full) return std::nullopt;
+  return TreeNode{first->level + height, first->index >> height};
+}
+
 TreeExchange::TreeExchange(const ReductionAxis& axis, Nodes nodes, std::vector<Pieces> parts)
     : axis_(axis),
       nodes_(std::move(nodes)),
@@ -15,7 +36,8 @@ TreeExchange::TreeExchange(const ReductionAxis& axis, Nodes nodes, std::vector<P
       per_rank_(axis_.buckets.numel_per_rank(nodes_.dtype)),
       num_chunks_(num_chunks(axis_.counts, per_rank_)),
       own_count_(axis_.counts[static_cast<std::size_t>(axis_.ranks.rank())]),
-      parent_(common_parent()),
+      // reduce_scatter rounds sums of bf16 to bf16.
+      parent_(nodes_.dtype == at::kFloat ? parent_in_order(nodes_.of_ranks, nodes_.num_leaves) : std::nullopt),
       stream_(axis_.buckets, num_chunks_,
               {.start = [this](std::int64_t chunk, const at::Tensor& bucket) { return start(chunk, bucket); },
                .finish = [this](std::int64_t chunk, const at::Tensor&) { finish_chunk(chunk); }}) {
@@ -25,19 +47,6 @@ TreeExchange::TreeExchange(const ReductionAxis& axis, Nodes nodes, std::vector<P
 TreeExchange::~TreeExchange() {
   stream_.drop();
   for (at::Tensor& bucket : received_) axis_.buckets.give_back(std::move(bucket));
-}
-
-std::optional<TreeNode> TreeExchange::common_parent() const {
-  const auto num_ranks = static_cast<std::uint64_t>(axis_.ranks.size());
-  const std::optional<TreeNode>& first = nodes_.of_ranks.front();
-  // reduce_scatter rounds sums of bf16 to bf16.
-  if (nodes_.dtype != at::kFloat || !std::has_single_bit(num_ranks) || !first) return std::nullopt;
-  if (first->index % axis_.ranks.size() != 0) return std::nullopt;
-  for (int rank = 0; rank < axis_.ranks.size(); ++rank) {
-    if (nodes_.of_ranks[static_cast<std::size_t>(rank)] != TreeNode{first->level, first->index + rank})
-      return std::nullopt;
-  }
-  return TreeNode{first->level + std::countr_zero(num_ranks), first->index / axis_.ranks.size()};
 }
 
 // Where this rank's part of a chunk belongs in a whole sum.

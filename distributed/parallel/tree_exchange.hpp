@@ -15,6 +15,9 @@
 
 namespace shardtune {
 
+// The node that a reduction of Communicator makes of the ranks' nodes, where its order of adding is that of the tree.
+std::optional<TreeNode> parent_in_order(const std::vector<std::optional<TreeNode>>& of_ranks, std::int64_t num_leaves);
+
 class TreeExchange {
  public:
   struct Nodes {
@@ -34,8 +37,6 @@ class TreeExchange {
   std::int64_t num_bytes() const noexcept;  // of these sums
 
  private:
-  // The node that reduce_scatter makes of all, where its order of adding is that of the tree.
-  std::optional<TreeNode> common_parent() const;
   Work start(std::int64_t chunk, const at::Tensor& bucket);
   Work start_reduce_scatter(std::int64_t chunk, const at::Tensor& in, const std::vector<std::int64_t>& counts);
   void finish_chunk(std::int64_t chunk);

@@ -115,12 +115,32 @@ bool TreeReducer::start_over_shards(ShardUnit& unit) {
   return !unit_sums.exchanges.empty();
 }
 
-void TreeReducer::start_over_replicas(ShardUnit& unit) {
+bool TreeReducer::is_all_reduce(const Axis& replicas) const {
+  std::vector<std::optional<TreeNode>> nodes;
+  for (const auto& [begin, end] : replicas.ranges) {
+    const std::vector<TreeNode> of_replica = covering_nodes(begin, end, schedule().num_micro_batches());
+    if (of_replica.size() != 1) return false;
+    nodes.emplace_back(of_replica.front());
+  }
+  const bool is_rounded = nodes.front()->level == 0 && context_.reduce_dtype != at::kFloat;
+  return !is_rounded && parent_in_order(nodes, schedule().num_micro_batches()).has_value();
+}
+
+bool TreeReducer::start_over_replicas(ShardUnit& unit) {
   UnitSums& unit_sums = sums(unit);
-  issue_subtrees(unit_sums, unit_sums.shard, unit_sums.owned, replica_axis(unit), [&](const Pieces& sum) {
+  const Axis axis = replica_axis(unit);
+  if (is_all_reduce(axis)) {
+    std::vector<TreeAccumulator::Entry> own = unit_sums.shard.take_nodes();
+    check_internal(own.size() == 1, "TreeReducer: a micro-batch of this rank is missing");
+    sums_.erase(&unit);
+    unit.begin_all_reduce(std::move(own.front().second), at::kFloat);
+    return true;
+  }
+  issue_subtrees(unit_sums, unit_sums.shard, unit_sums.owned, axis, [&](const Pieces& sum) {
     if (context_.grid.num_shards() == 1 && unit_sums.spare.empty()) unit_sums.spare = sum;
     return unit.slices_of_replicas(sum);
   });
+  return false;
 }
 
 GradientReducer::Result TreeReducer::take_result(ShardUnit& unit) {

@@ -4,8 +4,8 @@
 // owner merges siblings. What a rank sums on its own stays where autograd left it.
 //   over the shards of a replica: plans that reduce every micro-batch send each round's leaves at once and keep
 //     shard-sized partial sums; plans that reduce once send the aligned subtrees of a rank's range after its last one;
-//   over the replicas of a shard: the aligned subtrees of each replica's range, once a step;
-//   then every replica gathers the finished slices of its shard.
+//   over the replicas of a shard: the aligned subtrees of each replica's range, once a step; then every replica gathers
+//     the finished slices of its shard. Where each replica has one subtree of the same height, an all_reduce does both.
 // An axis of size one needs no exchange. Communication is issued and waited for later, see finish().
 #include <cstdint>
 #include <map>
@@ -27,7 +27,7 @@ class TreeReducer : public GradientReducer {
 
  protected:
   bool start_over_shards(ShardUnit& unit) override;
-  void start_over_replicas(ShardUnit& unit) override;
+  bool start_over_replicas(ShardUnit& unit) override;
   Result take_result(ShardUnit& unit) override;
   void merge_received(ShardUnit& unit) override;
   void forget_sums() override { sums_.clear(); }
@@ -64,6 +64,8 @@ class TreeReducer : public GradientReducer {
   using Cut = std::function<std::vector<Pieces>(const Pieces& sum)>;
   void issue_subtrees(UnitSums& sums, TreeAccumulator& from, TreeAccumulator& into, const Axis& axis, const Cut& cut);
   void round_leaves(const Pieces& gradients) const;
+  // An all_reduce adds up what the replicas have in the order of the tree, and nothing was to travel rounded.
+  bool is_all_reduce(const Axis& replicas) const;
 
   std::map<const ShardUnit*, UnitSums> sums_;  // looked up by unit only, never iterated for order
 };

@@ -62,12 +62,20 @@ TEST(Order, ThroughSharedCopiesItIsTheSameWithoutAnythingMoreToWaitFor) {
 }
 
 TEST(Order, UnderDdpNothingIsSentBeforeTheLastRoundAndThenUnitByUnit) {
-  // The gradients of block 2 leave while block 1 is recomputed, its finished slices are gathered one unit later.
+  // The gradients of block 2 leave while block 1 is recomputed.
   const Events events = events_of_a_step({.plan = "ddp", .checkpointing = true, .num_micro_batches = 4});
-  EXPECT_EQ(events, (Events{"block.0", "block.1", "block.2",    "block.2", "block.1",    "block.0",  // first round
-                            "block.0", "block.1", "block.2",                                         // second, forward
-                            "block.2", "reduce",  "block.1",    "reduce",  "all_gather",             //
-                            "block.0", "reduce",  "all_gather", "reduce",  "all_gather", "all_gather"}));
+  EXPECT_EQ(events, (Events{"block.0", "block.1", "block.2", "block.2", "block.1", "block.0",  // first round
+                            "block.0", "block.1", "block.2",                                   // second, forward
+                            "block.2", "all_reduce", "block.1", "all_reduce", "block.0", "all_reduce", "all_reduce"}));
+}
+
+TEST(Order, WhereAnAllReduceDoesNotAddAsTheTreeDoesFinishedSlicesAreGatheredOneUnitLater) {
+  // Ranges of three micro-batches are no subtrees: [0, 2), [2, 3), [3, 4), [4, 6).
+  Events events = events_of_a_step({.plan = "ddp", .checkpointing = true, .num_micro_batches = 6});
+  events.erase(events.begin(), std::find(events.begin(), events.end(), "reduce") - 1);
+  EXPECT_EQ(events,
+            (Events{"block.2", "reduce", "reduce", "block.1", "reduce", "reduce", "all_gather",  //
+                    "block.0", "reduce", "reduce", "all_gather", "reduce", "reduce", "all_gather", "all_gather"}));
 }
 
 TEST(Order, Zero1SendsOnceAStepAndZero2EveryRound) {

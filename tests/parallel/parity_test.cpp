@@ -61,7 +61,7 @@ CommunicatorHooks spoiling_hooks(Bug bug, at::ScalarType dtype, std::int64_t own
   const auto seen = std::make_shared<Seen>();
   hooks.after = [=](const std::string& operation, const at::Tensor& out) {
     if (operation == "make_shared") seen->copies.push_back(out);
-    const bool is_reduction = operation == "all_to_all" || operation == "reduce_scatter";
+    const bool is_reduction = operation == "all_to_all" || operation == "reduce_scatter" || operation == "all_reduce";
     const bool is_hit = (bug == Bug::gather_bit_flipped && operation == "all_gather") ||
                         (bug == Bug::reduction_bit_flipped && is_reduction);
     if (!is_hit || out.scalar_type() != dtype || out.numel() < 1000 || ++seen->num != 4) return;
