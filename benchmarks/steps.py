@@ -1,0 +1,58 @@
+"""What benchmarks that time training steps share: shapes with random weights and rows, and a run of the program."""
+import argparse
+import json
+import pathlib
+import random
+import subprocess
+import sys
+
+SHAPES = {  # config.json, tokens of a row, rows of a micro-batch
+    "minilm": ({"architectures": ["BertForSequenceClassification"], "model_type": "bert", "vocab_size": 30522, "hidden_size": 384,
+                "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536, "max_position_embeddings": 512}, 32, 32),
+    "llama124m": ({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 50257, "hidden_size": 768,
+                   "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12,
+                   "max_position_embeddings": 1024, "tie_word_embeddings": True}, 256, 2)}
+DROPPED = 2  # the first steps of a run: buffers are made, kernels compiled
+WORDS = 1000
+
+
+def write_inputs(folder, shape, tokens):
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]"] + [f"w{i}" for i in range(WORDS)])}
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None,
+        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100,
+                  "vocab": vocabulary}}))
+    (folder / "config.json").write_text(json.dumps(shape))
+    numbers = random.Random(1)
+    with open(folder / "train.jsonl", "w") as handle:
+        for _ in range(2000):
+            text = " ".join(f"w{numbers.randrange(WORDS)}" for _ in range(tokens))
+            handle.write(json.dumps({"text": text, "label": numbers.choice("ab")}) + "\n")
+
+
+def argument_parser(doc, shape):
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("program", type=lambda path: pathlib.Path(path).resolve())
+    parser.add_argument("--shape", choices=SHAPES, default=shape)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--bf16", action="store_true")
+    return parser
+
+
+def step_seconds(options, folder, ranks, arguments):
+    """Seconds of each step of a run with one thread a rank, each on a core of its own as long as there are cores."""
+    shape, _, rows = SHAPES[options.shape]
+    task = "causal-lm" if shape["model_type"] == "llama" else "text-classification"
+    command = ["mpirun", "--bind-to", "none", "--oversubscribe", "-n", ranks, options.program, "train", "--config_name", folder,
+               "--task", task, "--train_file", folder / "train.jsonl", "--output_dir", folder / "out", "--overwrite_output_dir",
+               "--per_device_train_batch_size", rows, "--max_steps", options.steps + DROPPED, "--logging_steps", 1,
+               "--save_strategy", "no", "--num_threads", 1, "--disable_tqdm", "--log_level", "error",
+               "--bf16", str(options.bf16).lower(), *arguments]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if result.returncode != 0:
+        sys.exit(f"exit code {result.returncode}: {result.stderr[-3000:]}")
+    records = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    return [record["step_seconds"] for record in records[DROPPED:]]
