@@ -15,7 +15,7 @@
 #include "distributed/comm/exchange.hpp"
 #include "distributed/parallel/sharding_plan.hpp"
 #include "trainer/checkpointing.hpp"
-#include "trainer/precision_note.hpp"
+#include "trainer/precision_check.hpp"
 #include "trainer/schedule.hpp"
 #include "trainer/weights.hpp"
 
@@ -100,7 +100,7 @@ void freeze_parameters(Model& model, const std::vector<std::string>& patterns) {
 }
 
 LoadedModel load_for_inference(const RunOptions& options, Communicator& world) {
-  warn_of_slow_precision(options.train);
+  check_precision(options.train);
   LoadedModel loaded;
   loaded.source = find_model_source(options.model);
   loaded.model = build_model(loaded.source, options.model, {});

@@ -19,7 +19,7 @@
 #include "trainer/build.hpp"
 #include "trainer/checkpointing.hpp"
 #include "trainer/commands.hpp"
-#include "trainer/precision_note.hpp"
+#include "trainer/precision_check.hpp"
 #include "trainer/stop_signal.hpp"
 #include "trainer/weights.hpp"
 
@@ -79,7 +79,7 @@ class TrainRun {
 
 int TrainRun::run() {
   check_same_options(options_, world_);
-  warn_of_slow_precision(options_.train);
+  check_precision(options_.train);
   parallel_ = parallel_options(options_.train, world_);
   prepare_output_dir();
   find_run_to_resume();

@@ -6,12 +6,13 @@
 #include <nlohmann/json.hpp>
 
 #include "core/error.hpp"
+#include "tests/support/error_of.hpp"
 #include "tests/support/tiny_run.hpp"
 #include "trainer/build.hpp"
 #include "trainer/loss_scaler.hpp"
 #include "trainer/metrics.hpp"
 #include "trainer/observer.hpp"
-#include "trainer/precision_note.hpp"
+#include "trainer/precision_check.hpp"
 #include "trainer/run_state.hpp"
 #include "trainer/schedule.hpp"
 
@@ -94,18 +95,21 @@ TEST(MetricsWriter, DropsRecordsAfterTheResumedStepAndCutLines) {
   EXPECT_EQ(text, "{\"step\": 1}\n{\"step\": 2}\n{\"grad_norm\": null, \"loss\": 0.1, \"step\": 3}\n");
 }
 
-TEST(PrecisionNote, IsSaidWhereTheProcessorEmulatesWhatWasAskedFor) {
-  const auto note = [](bool bf16, bool fp16, const HalfPrecision& processor) {
+TEST(PrecisionCheck, RefusesEmulatedFp16AndWarnsOfEmulatedBf16) {
+  const auto note = [](bool bf16, bool fp16, const HalfPrecision& processor, bool is_emulation_wanted = false) {
     TrainOptions train;
     train.bf16 = bf16;
     train.fp16 = fp16;
-    return slow_precision_note(train, processor);
+    return check_precision(train, processor, is_emulation_wanted);
   };
   EXPECT_NE(note(true, false, {}).find("--bf16 true: this processor has no bf16"), std::string::npos);
-  EXPECT_NE(note(false, true, {.has_bf16 = true}).find("--fp16 true: this processor has no fp16"), std::string::npos);
   EXPECT_EQ(note(true, false, {.has_bf16 = true}), "");
   EXPECT_EQ(note(false, true, {.has_fp16 = true}), "");
   EXPECT_EQ(note(false, false, {}), "");
+  const std::string refusal = testing_support::error_of(ErrorKind::config, [&] { note(false, true, {.has_bf16 = true}); });
+  EXPECT_NE(refusal.find("--fp16 true: this processor has no fp16"), std::string::npos) << refusal;
+  EXPECT_NE(refusal.find("use --bf16 true"), std::string::npos) << refusal;
+  EXPECT_NE(note(false, true, {}, true).find("--fp16 true: this processor has no fp16"), std::string::npos);
 }
 
 TEST(Environment, ADifferentOrderOfSumsIsADifference) {

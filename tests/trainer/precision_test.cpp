@@ -1,5 +1,6 @@
 // fp16 with its loss scale, bf16 moments and bf16 reduction through whole runs: the same bits at any rank count, through
 // a checkpoint, and when gradients overflow.
+#include <cstdlib>
 #include <limits>
 
 #include <ATen/ATen.h>
@@ -23,6 +24,9 @@ using testing_support::resume_on_threads;
 using testing_support::sha256_of;
 using testing_support::TinyFamily;
 using testing_support::train_on_threads;
+
+// These tests are about bits and loss scales, on any processor.
+void emulate_fp16() { ::setenv("SHARDTUNE_EMULATE_FP16", "1", 1); }
 
 RunOptions tiny_options(const fs::path& directory, TinyFamily family) {
   RunOptions options = make_tiny_run(directory, family);
@@ -53,6 +57,7 @@ void expect_one_hash(const std::string& name, const std::function<void(TrainOpti
 }
 
 TEST(Precision, Fp16HasOneHash) {
+  emulate_fp16();
   expect_one_hash("fp16", [](TrainOptions& train) { train.fp16 = true; });
 }
 
@@ -80,6 +85,7 @@ MakeHooks overflow_once() {
 }
 
 TEST(Precision, AnOverflowOnOneRankIsSkippedByAllAndHalvesTheScale) {
+  emulate_fp16();
   for (const char* plan : {"ddp", "zero3"}) {
     const auto directory = fresh_directory(fmt::format("overflow_{}", plan));
     RunOptions options = tiny_options(directory, TinyFamily::bert);
