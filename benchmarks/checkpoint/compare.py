@@ -1,8 +1,9 @@
-"""Saving beside torch: python compare.py BENCHMARK_CHECKPOINT DIR [MEBIBYTES [STEP_MS]]
+"""Saving and loading beside torch: python compare.py BENCHMARK_CHECKPOINT DIR [MEBIBYTES [STEP_MS...]]
 
-The same amount of fp32 state (1,500 MB) on the same disk, in turn: dd with direct writes, torch.save on one rank, DCP on two
-ranks over gloo (save and async_save), benchmark_checkpoint with two ranks. Needs torch (any recent version); prints a table and
-the ratios to the aims: stall at most 2 % of torch.save's and 20 % of DCP async's, written at 0.8 of dd's rate.
+The same amount of fp32 state (1,500 MB) on the same disk, in turn: dd with direct writes and reads, torch.save and torch.load on
+one rank, DCP on two ranks over gloo (save, async_save, load), benchmark_checkpoint with two ranks for each length of step. Loads find nothing in
+the page cache. Needs torch (scripts/parity --python has it); prints figures and their ratios to the aims: stall at most 2 % of
+torch.save's and 20 % of DCP async's, written at 0.8 of dd's rate, loaded at 0.8 of dd's, steps at most 10 % slower during a save.
 """
 import json
 import os
@@ -31,18 +32,27 @@ def state(num_bytes, cut=1):
     return tensors
 
 
+def drop_from_cache(path):
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            fd = os.open(file, os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
 def measure_dd(folder, mebibytes):
-    target = folder / "dd"
-    start = time.perf_counter()
-    subprocess.run(["dd", "if=/dev/zero", f"of={target}", "bs=4M", f"count={mebibytes // 4}", "oflag=direct", "conv=fsync"],
-                   check=True, capture_output=True)
-    seconds = time.perf_counter() - start
+    """Rates of writing and reading, MB/s."""
+    target, rates = folder / "dd", []
+    for arguments in (["if=/dev/zero", f"of={target}", "oflag=direct", "conv=fsync"], [f"if={target}", "of=/dev/null", "iflag=direct"]):
+        start = time.perf_counter()
+        subprocess.run(["dd", "bs=4M", f"count={mebibytes // 4}", *arguments], check=True, capture_output=True)
+        rates.append(mebibytes * 1.048576 / (time.perf_counter() - start))
     target.unlink()
-    return mebibytes * 1.048576 / seconds
+    return rates
 
 
 def measure_torch_save(folder, num_bytes):
-    tensors, times = state(num_bytes), []
+    tensors, times, loads = state(num_bytes), [], []
     for _ in range(3):
         start = time.perf_counter()
         with open(folder / "torch.pt", "wb") as out:
@@ -50,8 +60,12 @@ def measure_torch_save(folder, num_bytes):
             out.flush()
             os.fsync(out.fileno())
         times.append(time.perf_counter() - start)
+        drop_from_cache(folder / "torch.pt")
+        start = time.perf_counter()
+        torch.load(folder / "torch.pt")
+        loads.append(time.perf_counter() - start)
     (folder / "torch.pt").unlink()
-    return sorted(times)[1]
+    return sorted(times)[1], sorted(loads)[1]
 
 
 def dcp_rank(rank, folder, num_bytes, results):
@@ -72,38 +86,58 @@ def dcp_rank(rank, folder, num_bytes, results):
         future.result()
         durations.append(time.perf_counter() - start)
     if rank == 0:
-        results.update(save=sorted(blocking)[1], stall=sorted(stalls)[1], total=sorted(durations)[1])
+        drop_from_cache(folder / "dcp2")
+    dist.barrier()
+    start = time.perf_counter()
+    dcp.load(tensors, checkpoint_id=str(folder / "dcp2"))
+    dist.barrier()
+    if rank == 0:
+        results.update(load=time.perf_counter() - start, save=sorted(blocking)[1], stall=sorted(stalls)[1], total=sorted(durations)[1])
     dist.destroy_process_group()
+
+
+def measure_ours(program, folder, mebibytes, step_ms):
+    before = measure_dd(folder, mebibytes)
+    ours = json.loads(subprocess.run([program, str(folder / "ours"), "2", str(mebibytes), step_ms, "3"], check=True,
+                                     capture_output=True, text=True).stdout)
+    shutil.rmtree(folder / "ours")
+    return ours, before, measure_dd(folder, mebibytes)
+
+
+def print_ours(step_ms, ours, before, after, torch_save, async_stall):
+    write, read = ((a + b) / 2 for a, b in zip(before, after))
+    step, during = ours["step_seconds"], ours["step_seconds_during_save"]
+    print(f"shardtune, steps of {step_ms} ms")
+    print(f"  training held up     {1e3 * ours['stall_seconds']:8.1f} ms of a save, {ours['copied_megabytes']:.0f} MB copied on update "
+          f"(copying {1e3 * ours['copy_seconds']:.1f} ms, waiting {1e3 * ours['wait_seconds']:.1f} ms); "
+          f"{ours['stall_seconds'] / torch_save:.2%} of torch.save (aim: 2 %), {ours['stall_seconds'] / async_stall:.1%} of DCP async (aim: 20 %)")
+    print(f"  steps                {1e3 * step:8.0f} ms, {1e3 * during:.0f} ms during a save ({during / step - 1:+.1%}, aim: 10 %); "
+          f"a save costs {1e3 * ours['lost_seconds_per_save']:.0f} ms in all")
+    print(f"  written              {ours['write_megabytes_per_second']:8.0f} MB/s = {ours['write_megabytes_per_second'] / write:.2f} of dd "
+          f"({before[0]:.0f} before, {after[0]:.0f} after; aim: 0.8); committed after {ours['commit_seconds']:.2f} s")
+    print(f"  save in between      {1e3 * ours['save_in_between_seconds']:8.0f} ms")
+    print(f"  loaded               {ours['load_megabytes_per_second']:8.0f} MB/s = {ours['load_megabytes_per_second'] / read:.2f} of dd "
+          f"({before[1]:.0f} before, {after[1]:.0f} after; aim: 0.8)", flush=True)
 
 
 def main():
     program, folder = sys.argv[1], pathlib.Path(sys.argv[2])
     mebibytes = int(sys.argv[3]) if len(sys.argv) > 3 else 1432
-    step_ms = sys.argv[4] if len(sys.argv) > 4 else "400"
+    steps = sys.argv[4:] or ["400", "2000"]
     folder.mkdir(parents=True, exist_ok=True)
-    dd_before = measure_dd(folder, mebibytes)
-    ours = json.loads(subprocess.run([program, str(folder / "ours"), "2", str(mebibytes), step_ms, "3"], check=True,
-                                     capture_output=True, text=True).stdout)
-    dd_after = measure_dd(folder, mebibytes)
-    shutil.rmtree(folder / "ours")
-    torch_seconds = measure_torch_save(folder, mebibytes << 20)
+    ours = [measure_ours(program, folder, mebibytes, step_ms) for step_ms in steps]
+    torch_save, torch_load = measure_torch_save(folder, mebibytes << 20)
     with mp.Manager() as manager:
         results = manager.dict()
         mp.spawn(dcp_rank, args=(folder, mebibytes << 20, results), nprocs=2)
         results = dict(results)
     shutil.rmtree(folder)
-    dd = (dd_before + dd_after) / 2
-    print(f"state {mebibytes} MiB, steps of {step_ms} ms; torch {torch.__version__}")
-    print(f"dd oflag=direct                {dd:8.0f} MB/s ({dd_before:.0f} before, {dd_after:.0f} after)")
-    print(f"shardtune, training held up    {1e3 * ours['stall_seconds']:8.1f} ms of a save; committed after {ours['commit_seconds']:.2f} s, "
-          f"written at {ours['write_megabytes_per_second']:.0f} MB/s = {ours['write_megabytes_per_second'] / dd:.2f} of dd")
-    print(f"shardtune, copied on update    {ours['copied_megabytes']:8.0f} MB; a step takes {1e3 * ours['step_seconds']:.0f} ms, "
-          f"{1e3 * ours['step_seconds_during_save']:.0f} ms during a save ({ours['step_seconds_during_save'] / ours['step_seconds'] - 1:+.1%})")
-    print(f"shardtune, save in between     {1e3 * ours['save_in_between_seconds']:8.0f} ms; load at {ours['load_megabytes_per_second']:.0f} MB/s")
-    print(f"torch.save + fsync, one rank   {1e3 * torch_seconds:8.0f} ms; our stall is {ours['stall_seconds'] / torch_seconds:.1%} of it (aim: 2 %)")
-    print(f"DCP save, two ranks            {1e3 * results['save']:8.0f} ms")
-    print(f"DCP async_save, held up        {1e3 * results['stall']:8.0f} ms (written after {results['total']:.2f} s); "
-          f"our stall is {ours['stall_seconds'] / results['stall']:.1%} of it (aim: 20 %)")
+    print(f"state {mebibytes} MiB; torch {torch.__version__}")
+    for step_ms, (figures, before, after) in zip(steps, ours):
+        print_ours(step_ms, figures, before, after, torch_save, results["stall"])
+    print(f"torch, one rank        {1e3 * torch_save:8.0f} ms save + fsync, {1e3 * torch_load:.0f} ms load ({mebibytes * 1.048576 / torch_load:.0f} MB/s)")
+    print(f"DCP, two ranks         {1e3 * results['save']:8.0f} ms save, {1e3 * results['load']:.0f} ms load ({mebibytes * 1.048576 / results['load']:.0f} MB/s)")
+    print(f"DCP async_save         {1e3 * results['stall']:8.0f} ms held up, written after {results['total']:.2f} s")
 
 
 if __name__ == "__main__":
