@@ -5,6 +5,7 @@
 
 #include <fmt/format.h>
 
+#include "checkpoint/direct_file.hpp"
 #include "core/error.hpp"
 #include "core/hash.hpp"
 
@@ -70,17 +71,20 @@ BlockTable parse_block_table(std::string_view bytes, const std::filesystem::path
 }
 
 BlockTable hash_file(const std::filesystem::path& file, const InspectBytes& inspect) {
-  const UniqueFd fd = open_for_reading(file);
+  DirectReader reader(file);
   BlockTable table;
-  table.file_bytes = file_size(fd.get(), file);
+  table.file_bytes = reader.file_bytes();
   table.hashes.reserve(num_blocks(table.file_bytes));
-  std::vector<char> buffer(std::min(table.file_bytes, kBlocksPerRead * kBlockBytes));
+  const auto buffer_bytes = static_cast<std::size_t>(std::min(table.file_bytes, kBlocksPerRead * kBlockBytes));
+  const AlignedBuffer buffer = make_aligned_buffer(std::max<std::size_t>(buffer_bytes, 1));
   for (std::uint64_t at = 0; at < table.file_bytes;) {
-    const auto size = static_cast<std::size_t>(std::min<std::uint64_t>(buffer.size(), table.file_bytes - at));
-    pread_exactly(fd.get(), buffer.data(), size, at, file);
-    for (std::size_t i = 0; i < size; i += kBlockBytes)
-      table.hashes.push_back(hash_bytes(buffer.data() + i, std::min<std::size_t>(kBlockBytes, size - i)));
-    if (inspect) inspect(at, buffer.data(), size);
+    const auto size = static_cast<std::size_t>(std::min<std::uint64_t>(buffer_bytes, table.file_bytes - at));
+    reader.read(buffer.get(), size, at);
+    for (std::size_t i = 0; i < size; i += kBlockBytes) {
+      const std::size_t block_size = std::min<std::size_t>(kBlockBytes, size - i);
+      table.hashes.push_back(hash_bytes(buffer.get() + i, block_size));
+      if (inspect) inspect(at + i, buffer.get() + i, block_size);  // while the block lies in the processor's cache
+    }
     at += size;
   }
   return table;

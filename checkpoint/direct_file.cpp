@@ -7,6 +7,7 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include "core/error.hpp"
@@ -15,7 +16,11 @@
 namespace shardtune {
 namespace {
 
-constexpr std::size_t kPage = 4096;
+constexpr std::size_t kPage = 4096, kHugePage = std::size_t{2} << 20;
+
+constexpr std::uint64_t kWorthIt = std::uint64_t{1} << 20;  // smaller files push out little and are often read again
+
+std::size_t round_up(std::size_t size, std::size_t unit) { return (size + unit - 1) / unit * unit; }
 
 // 0, or the error; EINTR and short writes are continued.
 int write_at(int fd, const char* bytes, std::size_t size, std::uint64_t position) {
@@ -66,9 +71,31 @@ void DirectFile::sync() {
 void AlignedDelete::operator()(char* bytes) const noexcept { std::free(bytes); }
 
 AlignedBuffer make_aligned_buffer(std::size_t size) {
-  AlignedBuffer buffer(static_cast<char*>(std::aligned_alloc(kPage, (size + kPage - 1) / kPage * kPage)));
+  const std::size_t unit = size < kHugePage ? kPage : kHugePage, held = round_up(size, unit);
+  AlignedBuffer buffer(static_cast<char*>(std::aligned_alloc(unit, held)));
   if (!buffer) throw std::bad_alloc();
+  if (unit == kHugePage) ::madvise(buffer.get(), held, MADV_HUGEPAGE);  // a hint: kernels without them refuse it
   return buffer;
+}
+
+DirectReader::DirectReader(std::filesystem::path file)
+    : file_(std::move(file)), cached_(open_for_reading(file_)), file_bytes_(file_size(cached_.get(), file_)) {
+  if (file_bytes_ >= kWorthIt) direct_ = UniqueFd(::open(file_.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC));
+}
+
+void DirectReader::read(char* into, std::size_t size, std::uint64_t position) {
+  std::size_t done = 0;
+  while (direct_ && done < size) {
+    const ssize_t got =
+        ::pread(direct_.get(), into + done, round_up(size - done, kPage), static_cast<off_t>(position + done));
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) break;
+    done += static_cast<std::size_t>(got);
+    if (done % kPage != 0) break;  // the end of the file
+  }
+  // Where direct reads are refused after all, and at an end that comes too early: the other way, which knows the
+  // errors.
+  if (done < size) pread_exactly(cached_.get(), into + done, size - done, position + done, file_);
 }
 
 }  // namespace shardtune

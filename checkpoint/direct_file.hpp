@@ -28,11 +28,28 @@ class DirectFile {
   UniqueFd cached_, direct_;
 };
 
-// Memory that may be written past the cache.
+// Memory that may be written and read past the cache; in huge pages where they fit, which are cheaper to fill.
 struct AlignedDelete {
   void operator()(char* bytes) const noexcept;
 };
 using AlignedBuffer = std::unique_ptr<char[], AlignedDelete>;
 AlignedBuffer make_aligned_buffer(std::size_t size);
+
+// Reads a file in order past the page cache, likewise: reading gigabytes once must not push out what training needs,
+// and what is read back after a sync comes from the disk.
+class DirectReader {
+ public:
+  // Error{data} when the file cannot be opened or read.
+  explicit DirectReader(std::filesystem::path file);
+  std::uint64_t file_bytes() const noexcept { return file_bytes_; }
+  // Exactly `size` bytes. `into` is an aligned buffer of at least `size` bytes rounded up to pages, `position` a
+  // multiple of 4096. Error{data} when the file ends early. Not thread-safe.
+  void read(char* into, std::size_t size, std::uint64_t position);
+
+ private:
+  std::filesystem::path file_;
+  UniqueFd cached_, direct_;
+  std::uint64_t file_bytes_;
+};
 
 }  // namespace shardtune
