@@ -98,8 +98,8 @@ CheckpointStore::CheckpointStore(std::filesystem::path output_dir, Communicator&
     : output_dir_(std::move(output_dir)),
       communicator_(communicator),
       staging_bytes_(staging_bytes),
-      ranks_per_file_(ranks_per_file),
-      file_group_(split_by_file(communicator, ranks_per_file)) {
+      ranks_per_file_(agree_ranks_per_file(communicator, ranks_per_file)),
+      file_group_(split_by_file(communicator, ranks_per_file_)) {
   if (local_dir.empty()) return;
   run_agreed(communicator, "preparing the local disk",
              [&] { local_ = std::make_unique<LocalStage>(local_dir, output_dir_); });
@@ -115,8 +115,7 @@ CheckpointStore::~CheckpointStore() {
 }
 
 ShardIdentity CheckpointStore::shard_identity(std::int64_t step) const {
-  return {step, communicator_.rank() / ranks_per_file_,
-          (communicator_.size() + ranks_per_file_ - 1) / ranks_per_file_};
+  return {step, communicator_.rank() / ranks_per_file_, (communicator_.size() + ranks_per_file_ - 1) / ranks_per_file_};
 }
 
 std::string CheckpointStore::file_name() const { return shard_identity(0).file_name(); }
@@ -160,6 +159,11 @@ void CheckpointStore::remove_partial(const Error& reason, std::int64_t step) {
   std::error_code ignored;
   if (communicator_.rank() == 0 && reason.kind() != ErrorKind::comm)
     std::filesystem::remove_all(partial_path(output_dir_, step), ignored);
+}
+
+std::pair<std::uint64_t, std::uint64_t> CheckpointStore::progress() const {
+  check_internal(save_ != nullptr, "CheckpointStore::progress: no save is under way");
+  return {save_->snapshot.taken_bytes(), save_->snapshot.total_bytes()};
 }
 
 void CheckpointStore::preserve(const at::Tensor& about_to_change) {

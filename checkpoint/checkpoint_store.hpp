@@ -48,10 +48,11 @@ class CheckpointStore {
  public:
   // `communicator` must outlive the store. Only rank 0 creates and renames directories and writes manifests. While a
   // save runs in the background at most `staging_bytes` hold copies of what training has changed since.
-  // Each `ranks_per_file` consecutive ranks, which must run on one host, write one file together. With a `local_dir`
-  // (a disk of each node) saves go there first and are drained to the output directory from there. Collective.
+  // Each `ranks_per_file` consecutive ranks, which must run on one host, write one file together; 0 = chosen by
+  // choose_ranks_per_file. With a `local_dir` (a disk of each node) saves go there first and are drained to the output
+  // directory from there. Collective.
   CheckpointStore(std::filesystem::path output_dir, Communicator& communicator,
-                  std::size_t staging_bytes = std::size_t{1} << 30, int ranks_per_file = 1,
+                  std::size_t staging_bytes = std::size_t{1} << 30, int ranks_per_file = 0,
                   const std::filesystem::path& local_dir = {});
   ~CheckpointStore();  // local; a save that is under way is given up
   // Local, the same on all ranks, between saves. Shards are compressed without loss before they are committed.
@@ -62,8 +63,8 @@ class CheckpointStore {
   SaveReport save(std::int64_t step, const StateView& view, const Retention& retention = {});
 
   // The same in the background, by one writer thread per rank that never communicates. A save has stages (laying
-  // out the files, writing, sealing them, draining them, then the commit on rank 0); a stage begins when every rank knows that all
-  // have ended the one before:
+  // out the files, writing, sealing them, draining them, then the commit on rank 0); a stage begins when every rank
+  // knows that all have ended the one before:
   //   begin_save(...);                                     collective; no save may be under way
   //   while training:  preserve(t) before t is changed     local
   //                    any = max over ranks of is_working()
@@ -74,6 +75,8 @@ class CheckpointStore {
   void begin_save(std::int64_t step, StateView view, const Retention& retention);
   bool is_saving() const noexcept { return save_ != nullptr; }  // the same on all ranks
   bool is_working() const { return worker_.is_running(); }      // this rank's part of the stage, local
+  // Of this rank's part of the save under way: bytes that the writer has taken, and all. Local.
+  std::pair<std::uint64_t, std::uint64_t> progress() const;
   void preserve(const at::Tensor& about_to_change);
   std::optional<SaveReport> advance_save();
   SaveReport finish_save();

@@ -1,5 +1,6 @@
 #include "checkpoint/shared_shard.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 #include <ATen/ops/empty.h>
@@ -58,6 +59,30 @@ std::vector<std::uint64_t> unpack_positions(std::string_view bytes) {
 std::string pack_pieces(const std::vector<WrittenPiece>& pieces) { return pack(pieces); }
 
 void unpack_pieces(std::string_view bytes, std::vector<WrittenPiece>& into) { unpack(bytes, into); }
+
+int choose_ranks_per_file(const std::vector<std::string>& hosts, int max_files) {
+  const std::size_t num_ranks = hosts.size();
+  const auto stays_on_hosts = [&](std::size_t ranks_per_file) {
+    for (std::size_t rank = 0; rank < num_ranks; ++rank)
+      if (hosts[rank] != hosts[rank - rank % ranks_per_file]) return false;
+    return true;
+  };
+  std::size_t most_on_a_host = 0;
+  for (std::size_t rank = 0, first = 0; rank < num_ranks; ++rank) {
+    if (hosts[rank] != hosts[first]) first = rank;
+    most_on_a_host = std::max(most_on_a_host, rank - first + 1);
+  }
+  std::size_t chosen = 1;
+  const auto is_enough = [&] { return (num_ranks + chosen - 1) / chosen <= static_cast<std::size_t>(max_files); };
+  for (std::size_t next = 2; next <= most_on_a_host && !is_enough(); ++next)
+    if (stays_on_hosts(next)) chosen = next;
+  return static_cast<int>(chosen);
+}
+
+int agree_ranks_per_file(Communicator& communicator, int wanted) {
+  if (wanted > 0) return wanted;
+  return communicator.size() <= kMaxFiles ? 1 : choose_ranks_per_file(all_gather_strings(communicator, host_name()));
+}
 
 std::unique_ptr<Communicator> split_by_file(Communicator& communicator, int ranks_per_file) {
   check_internal(ranks_per_file > 0, "split_by_file: at least one rank writes a file");

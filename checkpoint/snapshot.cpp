@@ -28,13 +28,14 @@ Snapshot::Snapshot(StateView view, std::size_t staging_bytes)
       Entry entry;
       entry.piece = {i, begin, std::min(kPieceBytes, data.nbytes() - begin)};
       entry.address = address + begin;
+      total_bytes_ += entry.piece.size;
       entries_.push_back(std::move(entry));
     }
   }
   for (std::size_t i = 0; i < entries_.size(); ++i) by_address_.push_back(i);
   std::sort(by_address_.begin(), by_address_.end(),
             [&](std::size_t a, std::size_t b) { return entries_[a].address < entries_[b].address; });
-  num_untaken_ = entries_.size();
+  num_untaken_ = last_live_ = entries_.size();
 }
 
 void Snapshot::preserve(const at::Tensor& tensor) {
@@ -65,7 +66,7 @@ void Snapshot::preserve_entry(Entry& entry, std::unique_lock<std::mutex>& lock) 
   cost_.copied_bytes += entry.piece.size;
   lock.unlock();
   const auto start = Clock::now();
-  auto copy = std::make_unique_for_overwrite<char[]>(entry.piece.size);
+  AlignedBuffer copy = make_aligned_buffer(entry.piece.size);
   std::memcpy(copy.get(), entry.address, entry.piece.size);
   const double seconds = seconds_since(start);
   lock.lock();
@@ -92,16 +93,26 @@ Snapshot::Cost Snapshot::cost() const {
   return cost_;
 }
 
-// What training waits for goes first, then what occupies staging memory, then the order of the file.
+std::uint64_t Snapshot::taken_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return taken_bytes_;
+}
+
+// What training waits for goes first, then what it has not changed yet: each such piece is one that need not be copied.
+// Once training copies, it comes from the front, so the writer goes on from the back. Copies wait, as long as there is
+// room for more of them.
 Snapshot::Entry* Snapshot::choose() {
   if (wanted_ != nullptr && wanted_->state == State::live) return wanted_;
-  if (!staged_.empty()) {
-    Entry* entry = staged_.back();
-    staged_.pop_back();
-    return entry;
+  Entry* live = nullptr;
+  if (staged_bytes_ <= staging_bytes_ / 2) {
+    while (first_live_ < last_live_ && entries_[first_live_].state != State::live) ++first_live_;
+    while (first_live_ < last_live_ && entries_[last_live_ - 1].state != State::live) --last_live_;
+    if (first_live_ < last_live_) live = &entries_[cost_.copied_bytes == 0 ? first_live_ : last_live_ - 1];
   }
-  while (first_live_ < entries_.size() && entries_[first_live_].state != State::live) ++first_live_;
-  return first_live_ < entries_.size() ? &entries_[first_live_] : nullptr;
+  if (live != nullptr || staged_.empty()) return live;
+  Entry* entry = staged_.back();
+  staged_.pop_back();
+  return entry;
 }
 
 Snapshot::Entry* Snapshot::choose_next(std::unique_lock<std::mutex>& lock) {
@@ -126,6 +137,7 @@ std::optional<Snapshot::Piece> Snapshot::take(void* into) {
     staged_bytes_ -= entry->piece.size;
   }
   entry->state = State::taken;
+  taken_bytes_ += entry->piece.size;
   --num_untaken_;
   changed_.notify_all();
   return entry->piece;

@@ -4,13 +4,13 @@
 // which copies what the writer has not taken yet (copy on update) into staging memory of bounded size.
 #include <condition_variable>
 #include <cstdint>
-#include <memory>
 #include <mutex>
 #include <optional>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
 
+#include "checkpoint/direct_file.hpp"
 #include "checkpoint/piece_source.hpp"
 #include "checkpoint/state_view.hpp"
 
@@ -24,8 +24,8 @@ class Snapshot : public PieceSource {
     double copy_seconds = 0, wait_seconds = 0;
   };
 
-  // The tensors of `view` are contiguous, fp32 or bf16, on the CPU. At most `staging_bytes` are held in copies (one piece at
-  // least, so that no size of it can block for ever).
+  // The tensors of `view` are contiguous, fp32 or bf16, on the CPU. At most `staging_bytes` are held in copies (one
+  // piece at least, so that no size of it can block for ever).
   Snapshot(StateView view, std::size_t staging_bytes);
   Snapshot(const Snapshot&) = delete;
   Snapshot& operator=(const Snapshot&) = delete;
@@ -40,6 +40,8 @@ class Snapshot : public PieceSource {
   // Any thread.
   void check_not_cancelled() const;
   Cost cost() const;
+  std::uint64_t total_bytes() const noexcept { return total_bytes_; }
+  std::uint64_t taken_bytes() const;  // by the writer, so far
 
   // For the writer thread. After abandon() preserve() never blocks or copies.
   std::optional<Piece> take(void* into) override;
@@ -51,7 +53,7 @@ class Snapshot : public PieceSource {
     Piece piece;
     const char* address = nullptr;  // in the live tensor
     State state = State::live;
-    std::unique_ptr<char[]> copy;
+    AlignedBuffer copy;
   };
   void preserve_entry(Entry& entry, std::unique_lock<std::mutex>& lock);
   Entry* choose();
@@ -63,11 +65,12 @@ class Snapshot : public PieceSource {
   std::vector<std::size_t> by_address_;
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  std::vector<Entry*> staged_;  // waiting to be taken
-  Entry* wanted_ = nullptr;     // the training thread waits for this one
-  std::size_t first_live_ = 0;  // no entry before it is live
+  std::vector<Entry*> staged_;                  // waiting to be taken
+  Entry* wanted_ = nullptr;                     // the training thread waits for this one
+  std::size_t first_live_ = 0, last_live_ = 0;  // no entry before the first and from the last on is live
   std::size_t num_untaken_ = 0;
   std::size_t staged_bytes_ = 0;
+  std::uint64_t total_bytes_ = 0, taken_bytes_ = 0;
   bool is_cancelled_ = false;
   Cost cost_;
 };

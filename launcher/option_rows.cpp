@@ -85,7 +85,7 @@ void add_logging_rows(OptionTable& table, TrainOptions& train) {
   table.add("save_steps", train.save_steps, "steps, or below 1 a share of all steps");
   table.add("async_save", train.async_save, "training goes on while a checkpoint is written");
   table.add("checkpoint_staging_mb", train.checkpoint_staging_mb, "MiB per rank for copies of what training changes during a save");
-  table.add("ranks_per_file", train.ranks_per_file, "ranks of one host that write one checkpoint file together");
+  table.add("ranks_per_file", train.ranks_per_file, "ranks of one host that write one checkpoint file together; 0 = one, more where there would be over 256 files");
   table.add("checkpoint_compression", train.checkpoint_compression, "none|zstd", "without loss; about a sixth smaller, for CPU time");
   table.add("checkpoint_local_dir", train.checkpoint_local_dir, "DIR", "fast disk of each node: saves go there first and are drained to output_dir");
   table.add("on_save_overlap", train.on_save_overlap, "wait|skip", "a save is due while one is under way: wait for that, or leave the new one out");

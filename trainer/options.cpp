@@ -64,7 +64,7 @@ void check_sizes(const TrainOptions& train) {
   need(std::isfinite(train.num_train_epochs) && train.num_train_epochs > 0, "num_train_epochs", train.num_train_epochs, "more than 0 is needed");
   need(train.save_total_limit >= 0, "save_total_limit", train.save_total_limit, "0 (= keep all) or more is needed");
   need(train.checkpoint_staging_mb > 0, "checkpoint_staging_mb", train.checkpoint_staging_mb, "at least 1 is needed (--no_async_save saves without copies)");
-  need(train.ranks_per_file > 0 && train.ranks_per_file < 100000, "ranks_per_file", train.ranks_per_file, "at least 1 is needed");
+  need(train.ranks_per_file >= 0 && train.ranks_per_file < 100000, "ranks_per_file", train.ranks_per_file, "0 (= chosen) or more is needed");
   need_one_of("on_save_error", train.on_save_error, {"continue", "stop"});
   need_one_of("checkpoint_compression", train.checkpoint_compression, {"none", "zstd"});
   need_one_of("on_save_overlap", train.on_save_overlap, {"wait", "skip"});

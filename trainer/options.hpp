@@ -76,7 +76,7 @@ struct TrainOptions {
   std::int64_t save_total_limit = 0;         // 0 = keep all
   bool async_save = true;                    // training goes on while a checkpoint is written
   std::int64_t checkpoint_staging_mb = 1024; // most memory per rank for copies of what training changes meanwhile
-  std::int64_t ranks_per_file = 1;           // ranks of one host that write one checkpoint file together
+  std::int64_t ranks_per_file = 0;           // ranks of one host that write one checkpoint file together; 0 = chosen
   std::string checkpoint_compression = "none";  // or "zstd"
   std::string checkpoint_local_dir;          // disk of each node that saves go to first; empty = none
   std::string on_save_error = "continue";    // or "stop"

@@ -1,7 +1,5 @@
 #include "trainer/saver.hpp"
 
-#include <chrono>
-
 #include <fmt/format.h>
 
 #include "core/error.hpp"
@@ -19,6 +17,7 @@ bool Saver::save(const RunState& state, bool is_required) {
   }
   finish();
   held_up_seconds_ = 0;
+  begin_ = last_progress_ = std::chrono::steady_clock::now();
   std::vector<std::int64_t> always_kept;
   if (state.best_step >= 0) always_kept.push_back(state.best_step);
   attempt([&] {
@@ -27,6 +26,23 @@ bool Saver::save(const RunState& state, bool is_required) {
   });
   if (!policy_.in_background) finish();
   return true;
+}
+
+bool Saver::poll_working() {
+  constexpr double kMib = 1048576.0;
+  constexpr std::chrono::seconds kInterval(10);
+  if (const auto now = std::chrono::steady_clock::now(); store_.is_saving() && now - last_progress_ >= kInterval) {
+    last_progress_ = now;
+    const double seconds = std::chrono::duration<double>(now - begin_).count();
+    const auto [taken, all] = store_.progress();
+    const double mib = static_cast<double>(taken) / kMib;
+    if (taken < all)
+      log::info("saving: {:.1f} of {:.1f} MiB of rank 0 written after {:.0f} s ({:.0f} MiB/s)", mib, static_cast<double>(all) / kMib,
+                seconds, mib / seconds);
+    else
+      log::info("saving: the {:.1f} MiB of rank 0 are written, being read back and committed after {:.0f} s", mib, seconds);
+  }
+  return store_.is_working();
 }
 
 void Saver::advance() {

@@ -1,5 +1,6 @@
 #pragma once
 // When and how a run saves: in the background or not, and what a failed save means for the run.
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -29,8 +30,9 @@ class Saver {
   // Starts a save and returns when it is committed unless it runs in the background. With one under way it waits for
   // that or, unless `is_required`, does nothing, as the policy says. False when nothing was done.
   bool save(const RunState& state, bool is_required);
-  // This rank is still writing. Local; its maximum over the ranks travels in the control word of each step.
-  bool is_working() const { return store_.is_working(); }
+  // This rank is still writing. Local; its maximum over the ranks travels in the control word of each step. A save that
+  // takes long says how far it is, every ten seconds.
+  bool poll_working();
   // With the control word that says that no rank is working: takes the save, if any, to its next stage.
   void advance();
   // Waits until no save is under way.
@@ -47,6 +49,7 @@ class Saver {
   MakeView make_view_;
   bool has_failed_ = false;
   double held_up_seconds_ = 0;  // training, by the save under way
+  std::chrono::steady_clock::time_point begin_, last_progress_;  // of the save under way, of what the log says of it
 };
 
 }  // namespace shardtune

@@ -55,7 +55,7 @@ Trainer::ControlWord Trainer::share_control_word() {
   at::Tensor word = at::zeros({2}, at::kLong);
   auto* bits = word.data_ptr<std::int64_t>();
   bits[0] = parts_.stop_requested && parts_.stop_requested() ? 1 : 0;
-  bits[1] = parts_.saver.is_working() ? 1 : 0;
+  bits[1] = parts_.saver.poll_working() ? 1 : 0;
   parts_.world.all_reduce(word, ReduceOp::max).wait();
   return {.must_stop = bits[0] != 0, .is_any_saving = bits[1] != 0};
 }

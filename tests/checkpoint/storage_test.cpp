@@ -1,4 +1,5 @@
-// How elements are stored: bf16 as it is, compressed, converted where a reader wants another type.
+// How elements are stored: bf16 as it is, compressed, converted where a reader wants another type; in how many files.
+#include <cstdlib>
 #include <string_view>
 #include <vector>
 
@@ -9,6 +10,7 @@
 
 #include "checkpoint/checkpoint_store.hpp"
 #include "checkpoint/manifest.hpp"
+#include "checkpoint/shared_shard.hpp"
 #include "checkpoint/tools.hpp"
 #include "core/error.hpp"
 #include "core/file.hpp"
@@ -91,6 +93,64 @@ TEST(CheckpointStore, Bf16MomentsAreStoredAsTheyAreAndConvertedWhereTheReaderWan
         });
     }
   }
+}
+
+// Numbers that bf16 holds exactly.
+StateView golden_view(int rank, int num_ranks, bool is_blank) {
+  const std::int64_t numel = 1003, begin = numel * rank / num_ranks, end = numel * (rank + 1) / num_ranks;
+  const at::Tensor numbers = at::arange(begin, end) * 37;
+  StateView view;
+  for (const char* field : {"value", "exp_avg", "exp_avg_sq"}) {
+    const bool is_value = std::string_view(field) == "value";
+    const at::Tensor data = (numbers % (is_value ? 1009 : 251) + (field[3] == '_' ? 1 : 0)).to(at::kFloat) / 1024;
+    view.slices.push_back({"w",
+                           field,
+                           {17, 59},
+                           begin,
+                           (is_blank ? at::zeros_like(data) : data).to(is_value ? at::kFloat : at::kBFloat16)});
+  }
+  view.run = {{"step", 2}, {"run_id", "golden"}};
+  return view;
+}
+
+// What version 2 added: moments in bf16 and compressed shards. SHARDTUNE_MAKE_GOLDEN=DIR writes it there instead.
+TEST(CheckpointStore, TheGoldenCheckpointOfVersion2Loads) {
+  if (const char* target = std::getenv("SHARDTUNE_MAKE_GOLDEN"))
+    run_thread_ranks(2, [&](Communicator& comm) {
+      CheckpointStore store(target, comm);
+      store.set_compression(true);
+      store.save(2, golden_view(comm.rank(), comm.size(), false));
+    });
+  const std::filesystem::path golden =
+      std::filesystem::path(std::getenv("SHARDTUNE_SOURCE_DIR")) / "tests/golden/checkpoint_v2";
+  EXPECT_TRUE(verify_checkpoint(golden).empty());
+  EXPECT_EQ(read_manifest(golden).version, 2);
+  for (const int num_ranks : {1, 3})
+    run_thread_ranks(num_ranks, [&](Communicator& comm) {
+      StateView view = golden_view(comm.rank(), comm.size(), true);
+      CheckpointStore(golden.parent_path(), comm).load(golden, view);
+      const StateView expected = golden_view(comm.rank(), comm.size(), false);
+      for (std::size_t i = 0; i < expected.slices.size(); ++i)
+        EXPECT_TRUE(at::equal(view.slices[i].data, expected.slices[i].data)) << expected.slices[i].field;
+    });
+}
+
+TEST(RanksPerFile, OneUpToTheMostFilesThenTheFewestOfOneHost) {
+  const auto hosts = [](int num_hosts, int ranks_per_host) {
+    std::vector<std::string> names;
+    for (int rank = 0; rank < num_hosts * ranks_per_host; ++rank)
+      names.push_back(fmt::format("node-{}", rank / ranks_per_host));
+    return names;
+  };
+  EXPECT_EQ(choose_ranks_per_file({"alone"}), 1);
+  EXPECT_EQ(choose_ranks_per_file(hosts(32, 8)), 1);
+  EXPECT_EQ(choose_ranks_per_file(hosts(33, 8)), 2);
+  EXPECT_EQ(choose_ranks_per_file(hosts(128, 8)), 4);
+  EXPECT_EQ(choose_ranks_per_file(hosts(100, 6)), 3);   // 300 files of 2 are too many
+  EXPECT_EQ(choose_ranks_per_file(hosts(100, 7)), 7);   // nothing else divides 7
+  EXPECT_EQ(choose_ranks_per_file(hosts(1000, 8)), 8);  // 1000 files are the fewest that stay on their hosts
+  EXPECT_EQ(choose_ranks_per_file({"a", "b", "a", "b"}, 2), 1);
+  EXPECT_EQ(choose_ranks_per_file({"a", "a", "b"}, 2), 2);  // the last file may have fewer ranks
 }
 
 // Compression changes nothing but the files; damage is found as in any other file.
