@@ -90,8 +90,9 @@ WrittenShard ShardWriter::seal(std::vector<WrittenPiece> pieces) {
     const std::filesystem::path compressed = target.string() + ".tmp";
     table = compress_file(temporary_, table, compressed);
     rename_path(compressed, target);
-    std::error_code ignored;
-    std::filesystem::remove(temporary_, ignored);
+    std::error_code error;
+    if (std::filesystem::remove(temporary_, error); error)
+      fail(ErrorKind::io, fmt::format("cannot remove {}: {}", temporary_.string(), error.message()));
   } else {
     rename_path(temporary_, target);
   }

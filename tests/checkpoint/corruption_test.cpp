@@ -186,6 +186,16 @@ TEST_F(Corruption, AStalePairOfShardAndTableIsFound) {
   EXPECT_EQ(load_verdict(checkpoint_, 2, tensors_), "refused");
 }
 
+// One shard with its table in the place of another too.
+TEST_F(Corruption, ADuplicatedShardIsFound) {
+  for (const char* suffix : {"", ".xxh3"})
+    std::filesystem::copy_file(checkpoint_ / (std::string("shard-00000-of-00002.h5") + suffix),
+                               checkpoint_ / (std::string("shard-00001-of-00002.h5") + suffix),
+                               std::filesystem::copy_options::overwrite_existing);
+  EXPECT_EQ(verify_checkpoint(checkpoint_).size(), 1u);
+  EXPECT_EQ(load_verdict(checkpoint_, 2, tensors_), "refused");
+}
+
 TEST(CorruptionOfLargeFiles, OnlyBlocksThatAreReadMatterToALoad) {
   TempDir dir;
   const std::vector<TestTensor> tensors = test_tensors(4000);  // about 20 MB in 2 shards

@@ -25,6 +25,11 @@ const std::vector<TestTensor> kTensors = test_tensors(3000);
 struct Place {
   fs::path out, local;
   int ranks_per_file = 1;
+  std::vector<int> nodes = {};  // of each rank; no node sees the disk of another. Empty: all on one
+
+  fs::path local_of(int rank) const {
+    return nodes.empty() ? local : local / fmt::format("node-{}", nodes.at(static_cast<std::size_t>(rank)));
+  }
 };
 
 // Saves `step`; a failure is expected where `fails` says so and must be the same Error on all ranks.
@@ -32,7 +37,7 @@ void save_at(const Place& place, std::int64_t step, int num_ranks, bool fails = 
   std::mutex mutex;
   std::multiset<std::string> said;
   run_thread_ranks(num_ranks, [&](Communicator& comm) {
-    CheckpointStore store(place.out, comm, std::size_t{1} << 20, place.ranks_per_file, place.local);
+    CheckpointStore store(place.out, comm, std::size_t{1} << 20, place.ranks_per_file, place.local_of(comm.rank()));
     try {
       const SaveReport report = store.save(step, expected_state(kTensors, step, comm.rank(), comm.size()));
       EXPECT_FALSE(fails);
@@ -62,7 +67,7 @@ void die_before_drain(const Place& place, std::int64_t step, int num_ranks) {
 std::int64_t resume_at(const Place& place, int num_ranks) {
   std::int64_t step = -1;
   run_thread_ranks(num_ranks, [&](Communicator& comm) {
-    CheckpointStore store(place.out, comm, std::size_t{1} << 20, place.ranks_per_file, place.local);
+    CheckpointStore store(place.out, comm, std::size_t{1} << 20, place.ranks_per_file, place.local_of(comm.rank()));
     const fs::path newest = store.newest_usable();
     if (newest.empty()) return;
     StateView view = blank_state(kTensors, comm.rank(), comm.size());
@@ -183,6 +188,70 @@ TEST(LocalStage, FailingDrainsDoNotFillTheLocalDisk) {
   for (const fs::path& file : files_below(place.local)) steps.insert(file.parent_path().filename());
   EXPECT_EQ(steps, std::set<std::string>{"checkpoint-3"});
   EXPECT_EQ(resume_at(place, 1), 3);
+}
+
+TEST(LocalStage, NodesThatSeeOnlyTheirOwnDisksGoOnTogether) {
+  for (const int ranks_per_file : {1, 2})
+    for (const std::vector<int>& nodes :
+         std::vector<std::vector<int>>{{0, 1}, {1, 0}, {0, 0, 1, 1}, {1, 1, 0}, {0, 1, 2}}) {
+      TempDir dir;
+      Place place{dir / "out", dir / "local", ranks_per_file, {0, 0, 1, 1}};
+      save_at(place, 1, 4);
+      die_before_drain(place, 2, 4);
+      for (const int node : {0, 1}) EXPECT_FALSE(files_below(dir / fmt::format("local/node-{}", node)).empty());
+      place.nodes = nodes;
+      place.ranks_per_file = 1;
+      EXPECT_EQ(resume_at(place, static_cast<int>(nodes.size())), 2);
+      EXPECT_TRUE(verify_checkpoint(place.out / "checkpoint-2").empty());
+      EXPECT_TRUE(files_below(place.local).empty());
+    }
+}
+
+TEST(LocalStage, ANodeThatDoesNotComeBackMeansTheCommittedCheckpoint) {
+  struct Case {
+    std::vector<int> nodes;
+    std::int64_t taken_later;
+  };
+  // Later, when nodes 0 and 1 are there: step 3 where one of them holds all of it; nothing of it where a part lies on
+  // node 2; step 2 where neither has been used since.
+  const std::vector<Case> cases = {{{0}, 3}, {{1, 1}, 3}, {{0, 2}, 1}, {{2, 3, 4}, 2}};
+  for (const auto& [nodes, taken_later] : cases) {
+    TempDir dir;
+    Place place{dir / "out", dir / "local", 1, {0, 0, 1, 1}};
+    save_at(place, 1, 4);
+    die_before_drain(place, 2, 4);
+    place.nodes = nodes;
+    const int num_ranks = static_cast<int>(nodes.size());
+    EXPECT_EQ(resume_at(place, num_ranks), 1);
+    EXPECT_EQ(committed_steps(place.out), std::vector<std::int64_t>{1});
+    EXPECT_FALSE(fs::exists(place.out / "checkpoint-2.partial"));
+    // The run goes on without it; what the lost node still holds disturbs nobody when it is back.
+    die_before_drain(place, 3, num_ranks);
+    place.nodes = {0, 1};
+    EXPECT_EQ(resume_at(place, 2), taken_later);
+  }
+}
+
+TEST(LocalStage, ANodeWhosePartIsNotWholeOrDamagedMeansTheCommittedCheckpoint) {
+  for (const bool is_damaged : {false, true}) {
+    TempDir dir;
+    const Place place{dir / "out", dir / "local", 1, {0, 0, 1, 1}};
+    save_at(place, 1, 4);
+    die_before_drain(place, 2, 4);
+    int spoiled = 0;
+    for (const fs::path& file : files_below(dir / "local/node-1")) {
+      if (file.filename() != "shard-00003-of-00004.h5") continue;
+      if (is_damaged)
+        std::fstream(file, std::ios::in | std::ios::out).seekp(50'000) << "x";
+      else  // its node died a moment earlier
+        fs::rename(file.parent_path(), file.parent_path().string() + ".partial");
+      ++spoiled;
+    }
+    EXPECT_EQ(spoiled, 1);
+    EXPECT_EQ(resume_at(place, 4), 1);
+    EXPECT_EQ(committed_steps(place.out), std::vector<std::int64_t>{1});
+    EXPECT_FALSE(fs::exists(place.out / "checkpoint-2.partial"));
+  }
 }
 
 TEST(LocalStage, ALocalDirectoryThatCannotBeMadeIsNamed) {

@@ -1,6 +1,6 @@
 // A process that saves checkpoint after checkpoint until it is killed or fails; driven by the fault tests.
 //   save_loop DIR NUM_RANKS FIRST_STEP LAST_STEP SCALE [FILE_LIMIT_BYTES [retry]]
-//   save_loop DIR NUM_RANKS FIRST_STEP LAST_STEP SCALE continue [KEEP]
+//   save_loop DIR NUM_RANKS FIRST_STEP LAST_STEP SCALE continue [KEEP [none|zstd [LOCAL_DIR]]]
 // Every phase of a save is one line on standard output, "<phase> <step>", written at once.
 // FILE_LIMIT_BYTES limits the size of any file (also of redirected standard error), which makes writes fail as a full
 // disk does. With `continue` a failed save is one line on standard error and the loop goes on, as training does. With
@@ -38,7 +38,8 @@ int main(int argc, char** argv) {
     if (::write(STDOUT_FILENO, line.data(), line.size()) < 0) ::_exit(70);
   });
   const auto save_all = [&](Communicator& comm) {
-    CheckpointStore store(dir, comm);
+    CheckpointStore store(dir, comm, std::size_t{1} << 30, 1, goes_on && argc > 9 ? argv[9] : "");
+    store.set_compression(goes_on && argc > 8 && std::string(argv[8]) == "zstd");
     if (first > 0) store.prepare_resume(first - 1, "loop");
     for (std::int64_t step = first; step <= last; ++step) {
       try {

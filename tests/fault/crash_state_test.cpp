@@ -1,5 +1,6 @@
 // The system calls of a save are recorded; what a power loss at any of them may leave on the disk is rebuilt, and
-// always the old or the new checkpoint is there, whole. SHARDTUNE_CRASH_STATES sets how many states are tried (2500).
+// always the old or the new checkpoint is there, whole. SHARDTUNE_CRASH_STATES sets how many states are tried (2500,
+// of the longer ways 1000).
 #include <cstdlib>
 #include <fstream>
 #include <functional>
@@ -20,43 +21,65 @@ namespace shardtune {
 namespace {
 namespace fs = std::filesystem;
 
-void run_saves(const fs::path& out, int first, int last, const std::string& environment) {
-  const auto result = testing_support::run_command(fmt::format(
-      "{} {} {} 2 {} {} 1 continue 1", environment, std::getenv("SHARDTUNE_SAVE_LOOP"), out.string(), first, last));
+// How the saves go to the disk; all that they change lies below `root`.
+struct Way {
+  fs::path root;
+  bool is_compressed = false, is_local = false;
+
+  fs::path out() const { return root / "out"; }
+  fs::path local() const { return is_local ? root / "local" : fs::path(); }
+};
+
+void run_saves(const Way& way, int step, const std::string& environment) {
+  const auto result = testing_support::run_command(
+      fmt::format("{} {} {} 2 {} {} 1 continue 1 {} {}", environment, std::getenv("SHARDTUNE_SAVE_LOOP"),
+                  way.out().string(), step, step, way.is_compressed ? "zstd" : "none", way.local().string()));
   ASSERT_EQ(result.exit_code, 0) << result.output;
 }
 
-// The step of the newest checkpoint that verifies; its content is compared bit for bit. 0 = none, -1 = wrong content.
-std::int64_t newest_whole(const fs::path& out) {
+// Whether the checkpoint has the bits of its step.
+bool is_right(const Way& way, const fs::path& checkpoint, std::int64_t step) {
   const auto tensors = test_tensors(1);
-  for (const CheckpointInfo& info : list_checkpoints(out)) {
-    if (!info.is_committed || !verify_checkpoint(info.directory).empty()) continue;
-    const auto comm = make_self_communicator();
-    StateView view = blank_state(tensors, 0, 1);
-    CheckpointStore(out, *comm).load(info.directory, view);
-    return difference(view, tensors, info.step, 0, 1).empty() ? info.step : -1;
-  }
+  const auto comm = make_self_communicator();
+  StateView view = blank_state(tensors, 0, 1);
+  CheckpointStore(way.out(), *comm).load(checkpoint, view);
+  return difference(view, tensors, step, 0, 1).empty();
+}
+
+// The step of the newest checkpoint that verifies; its content is compared bit for bit. 0 = none, -1 = wrong content.
+std::int64_t newest_whole(const Way& way) {
+  for (const CheckpointInfo& info : list_checkpoints(way.out()))
+    if (info.is_committed && verify_checkpoint(info.directory).empty())
+      return is_right(way, info.directory, info.step) ? info.step : -1;
   return 0;
+}
+
+// The same of a job that starts now and looks at the local disk as well.
+std::int64_t newest_for_a_job(const Way& way) {
+  const auto comm = make_self_communicator();
+  const fs::path found = CheckpointStore(way.out(), *comm, 1, 1, way.local()).newest_usable();
+  if (found.empty()) return 0;
+  const std::int64_t step = std::stoll(found.filename().string().substr(std::string("checkpoint-").size()));
+  return is_right(way, found, step) ? step : -1;
 }
 
 class CrashStates : public testing::Test {
  protected:
   // Checkpoint 1 is there; the save of checkpoint 2, which then deletes 1, is recorded.
-  void SetUp() override {
-    run_saves(out_, 1, 1, "");
-    fs::create_directories(dir_ / "before");
-    fs::copy(out_, dir_ / "before/out", fs::copy_options::recursive);
-    run_saves(out_, 2, 2,
-              fmt::format("SHIM_DIR={} SHIM_LOG={}/log LD_PRELOAD={}", out_.string(), dir_.path().string(),
+  void record(bool is_compressed, bool is_local) {
+    way_.is_compressed = is_compressed, way_.is_local = is_local;
+    const fs::path out = way_.out();
+    run_saves(way_, 1, "");
+    fs::copy(way_.root, dir_ / "before", fs::copy_options::recursive);
+    run_saves(way_, 2,
+              fmt::format("SHIM_DIR={} SHIM_LOG={}/log LD_PRELOAD={}", way_.root.string(), dir_.path().string(),
                           std::getenv("SHARDTUNE_IO_SHIM")));
     records_ = read_io_log(dir_ / "log");
-    fs::remove_all(out_);
-    fs::rename(dir_ / "before/out", out_);  // the model starts from here
     for (std::size_t i = 0; i < records_.size(); ++i) {
-      if (records_[i].operation == IoOperation::rename && records_[i].b == (out_ / "checkpoint-2").string())
+      if (records_[i].operation == IoOperation::rename && records_[i].b == (out / "checkpoint-2").string())
         published_ = i;
       if (published_ != 0 && committed_ == 0 && records_[i].operation == IoOperation::sync &&
-          records_[i].a == out_.string())
+          records_[i].a == out.string())
         committed_ = i;
     }
     ASSERT_GT(records_.size(), 60u);
@@ -68,16 +91,26 @@ class CrashStates : public testing::Test {
   int count_losses(int wanted, const std::function<bool(const IoRecord&)>& happens) {
     int tried = 0, lost = 0;
     std::mt19937 random(7);
-    CrashModel model(out_);
+    const auto restore = [&](const fs::path& from) {
+      fs::remove_all(way_.root);
+      fs::copy(from, way_.root, fs::copy_options::recursive);
+    };
+    restore(dir_ / "before");
+    CrashModel model(way_.root);
     const int per_moment = wanted / static_cast<int>(records_.size()) + 1;
     for (std::size_t done = 0; done <= records_.size(); ++done) {
       for (int i = 0; i < per_moment; ++i) {
-        const fs::path state = dir_ / "state";
-        fs::remove_all(state);
-        model.write_state(random, state);
-        const std::int64_t newest = newest_whole(state);
-        const bool is_kept = newest == 2 || (newest == 1 && done <= committed_);
-        if (!is_kept || (newest == 2 && done <= published_)) ++lost;
+        fs::remove_all(way_.root);  // the state lies where the files were: a local disk knows whose it is by the path
+        model.write_state(random, way_.root);
+        const std::int64_t newest = newest_whole(way_);
+        bool is_kept = newest == 2 || (newest == 1 && done <= committed_);
+        if (newest == 2 && done <= published_) is_kept = false;
+        if (way_.is_local) {
+          const std::int64_t resumed = newest_for_a_job(way_);
+          is_kept = is_kept && resumed >= newest && resumed <= 2;
+          ++resumed_[resumed];
+        }
+        if (!is_kept) ++lost;
         found_[newest]++;
         ++tried;
       }
@@ -86,25 +119,44 @@ class CrashStates : public testing::Test {
     EXPECT_GE(tried, wanted);
     std::printf("  %d states at %zu moments: %d with the old checkpoint, %d with the new one, %d bad\n", tried,
                 records_.size() + 1, found_[1], found_[2], lost);
+    if (way_.is_local) std::printf("  with the local disk: %d the old one, %d the new one\n", resumed_[1], resumed_[2]);
     return lost;
+  }
+  void expect_no_loss(int by_default) {
+    const char* wanted = std::getenv("SHARDTUNE_CRASH_STATES");
+    EXPECT_EQ(count_losses(wanted != nullptr ? std::atoi(wanted) : by_default, [](const IoRecord&) { return true; }),
+              0);
+    EXPECT_GT(found_[1], 100);
+    EXPECT_GT(found_[2], 100);
   }
 
   TempDir dir_;
-  const fs::path out_ = dir_ / "out";
+  Way way_{.root = dir_ / "all"};
   std::vector<IoRecord> records_;
   std::size_t published_ = 0, committed_ = 0;
-  std::map<std::int64_t, int> found_;
+  std::map<std::int64_t, int> found_, resumed_;
 };
 
 TEST_F(CrashStates, AlwaysHoldTheOldOrTheNewCheckpoint) {
-  const char* wanted = std::getenv("SHARDTUNE_CRASH_STATES");
-  EXPECT_EQ(count_losses(wanted != nullptr ? std::atoi(wanted) : 2500, [](const IoRecord&) { return true; }), 0);
-  EXPECT_GT(found_[1], 100);
-  EXPECT_GT(found_[2], 100);
+  record(false, false);
+  expect_no_loss(2500);
+}
+
+TEST_F(CrashStates, ACompressedSaveLosesNothing) {
+  record(true, false);
+  expect_no_loss(1000);
+}
+
+// More states hold the new one then: it is whole on the local disk before it is drained.
+TEST_F(CrashStates, ASaveThroughALocalDiskLosesNothing) {
+  record(false, true);
+  expect_no_loss(1000);
+  EXPECT_GT(resumed_[2], found_[2]);
 }
 
 // The test is worth something only if it sees a missing sync: of a shard, of a directory, of the manifest.
 TEST_F(CrashStates, AMissingSyncIsSeen) {
+  record(false, false);
   for (const std::string missing : {".h5.tmp", "/checkpoint-2.partial", "manifest.json.tmp", "/out"}) {
     found_.clear();
     EXPECT_GT(count_losses(1000,
