@@ -64,6 +64,15 @@ def assemble(tensor):
     return numpy.concatenate(values).reshape(tensor["shape"]) if position == math.prod(tensor["shape"]) else None
 
 
+def documented_reader():
+    """The function of docs/checkpoint_format.md, as it stands there."""
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "checkpoint_format.md").read_text()
+    snippet = next(part.split("```")[0] for part in page.split("```python\n") if part.startswith("import glob, h5py"))
+    scope = {}
+    exec(snippet, scope)
+    return scope["read_model"]
+
+
 def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
@@ -81,6 +90,9 @@ def main():
         wrong = sum(whole[name, "value"] is None or whole[name, "value"].shape != value.shape or
                     whole[name, "value"].tobytes() != value.tobytes() for name, value in exported.items())
         common.report(f"tensors that differ from the exported safetensors in any bit, of {len(exported)}", wrong, 0)
+        read = documented_reader()(shards[0].parent)
+        wrong = sum(name not in read or read[name].tobytes() != value.tobytes() for name, value in exported.items())
+        common.report(f"tensors that the documented snippet reads otherwise, of {len(exported)}", wrong + len(read.keys() - exported.keys()), 0)
         moved = sum(bool(numpy.any(whole[name, "exp_avg_sq"] > 0)) for name in exported)
         common.report("parameters with optimizer state", moved, len(exported), more_is_better=True)
     common.finish()
