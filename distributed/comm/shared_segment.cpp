@@ -1,5 +1,6 @@
 #include "distributed/comm/shared_segment.hpp"
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <chrono>
@@ -13,6 +14,7 @@
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include "core/file.hpp"
@@ -22,6 +24,10 @@ namespace {
 
 constexpr const char* kPrefix = "shardtune.";
 constexpr const char* kDirectory = "/dev/shm";  // where Linux keeps the names
+// Open MPI has a file there for every rank, of which it reserves nothing: filling the directory up would kill the ranks
+// by SIGBUS at their next message. This is what such a file may grow to (btl_vader_segment_size).
+constexpr std::int64_t kLeftPerRank = 4 << 20;
+constexpr int kLeftForRanks = 4;  // at least: a group may be a part of the job
 
 // What one rank tells the others. An empty error is success.
 struct Message {
@@ -38,7 +44,17 @@ std::string reason(const char* what, int code) {
 
 // A new name with an open file of `bytes` bytes, none of them reserved yet. The file stays locked while it is open:
 // that is how sweep_stale_segments() tells the living from the dead.
-UniqueFd create(std::int64_t bytes, Message& message) {
+UniqueFd create(std::int64_t bytes, int num_ranks, Message& message) {
+  struct statvfs space {};
+  const std::int64_t left = kLeftPerRank * std::max(num_ranks, kLeftForRanks);
+  // As many bytes as are free, where the size is limited at all.
+  if (::statvfs(kDirectory, &space) == 0 && space.f_blocks > 0) {
+    const auto free = static_cast<std::int64_t>(space.f_bavail * space.f_frsize);
+    if (free < bytes + left) {
+      message.set_error(fmt::format("only {} are free, {} of which are left to others", free, left));
+      return {};
+    }
+  }
   for (int attempt = 0; attempt < 100; ++attempt) {
     const auto ticks = std::chrono::steady_clock::now().time_since_epoch().count();
     const std::string name = fmt::format("/{}{}.{:x}", kPrefix, ::getpid(), ticks);
@@ -98,7 +114,7 @@ SharedSegmentResult make_shared_segment(Transport& group, std::int64_t part_byte
   UniqueFd file;
   if (group.rank() == 0) {
     sweep_stale_segments();
-    file = create(part_bytes * group.size(), made);
+    file = create(part_bytes * group.size(), group.size(), made);
   }
   group.broadcast(bytes_of(made), sizeof made, 0);
 

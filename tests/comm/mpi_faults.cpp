@@ -4,12 +4,14 @@
 #include <cstdlib>
 #include <exception>
 #include <string>
+#include <vector>
 
 #include <ATen/ATen.h>
 #include <unistd.h>
 
 #include "core/error.hpp"
 #include "distributed/comm/mpi.hpp"
+#include "distributed/comm/transport_seams.hpp"
 
 namespace {
 
@@ -22,6 +24,25 @@ void reduce_large_tensors(Communicator& world) {
   for (const at::Tensor& large : {at::ones({numel}, at::kFloat), buffer.fill_(1)}) {
     world.all_reduce(large, ReduceOp::sum).wait();
     if (!at::equal(large, at::full({numel}, world.size(), at::kFloat))) fail(ErrorKind::internal, "a wrong sum");
+  }
+}
+
+// As much shared memory as there is, in ever smaller pieces; then messages, for which Open MPI needs some of its own.
+void fill_shared_memory(Communicator& world) {
+  std::vector<at::Tensor> held;
+  for (std::int64_t bytes = 32 << 20; bytes >= 64 << 10; bytes /= 2) {
+    for (at::Tensor piece = world.make_shared(bytes, at::kByte); piece.defined();
+         piece = world.make_shared(bytes, at::kByte)) {
+      held.push_back(piece);
+    }
+  }
+  if (held.empty()) fail(ErrorKind::internal, "no shared memory at all");
+  const auto messages = split_with_chunk_limit(world, 64 << 20);
+  const std::int64_t numel = 4 << 20;
+  for (int i = 0; i < 3; ++i) {
+    const at::Tensor tensor = at::ones({numel}, at::kFloat);
+    messages->all_reduce(tensor, ReduceOp::sum).wait();
+    if (!at::equal(tensor, at::full({numel}, world.size(), at::kFloat))) fail(ErrorKind::internal, "a wrong sum");
   }
 }
 
@@ -55,6 +76,7 @@ int run(MpiEnvironment& environment, const std::string& fault) {
     }
     world->all_reduce(tensor, ReduceOp::sum).wait();
   }
+  if (fault == "fill") fill_shared_memory(*world);
   if (fault == "large") reduce_large_tensors(*world);
   if (fault == "throw") {
     // The culprit leaves with a collective under way that its peers never enter: no destructor may wait for them.
