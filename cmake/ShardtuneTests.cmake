@@ -1,7 +1,7 @@
 find_package(GTest REQUIRED)
 # Everything a test run needs to be repeatable: one thread per rank, ranks may outnumber cores, root is allowed.
 set(SHARDTUNE_TEST_ENV
-  "OMP_NUM_THREADS=1;OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_rmaps_base_oversubscribe=1;OMPI_MCA_mpi_yield_when_idle=1;OMPI_MCA_hwloc_base_binding_policy=none;OMPI_MCA_pml=ob1;OMPI_MCA_btl_vader_single_copy_mechanism=none"
+  "OMP_NUM_THREADS=1;OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_rmaps_base_oversubscribe=1;OMPI_MCA_mpi_yield_when_idle=1;OMPI_MCA_hwloc_base_binding_policy=none;OMPI_MCA_pml=ob1;OMPI_MCA_btl_vader_single_copy_mechanism=none;XDG_CACHE_HOME=${CMAKE_BINARY_DIR}/tests/cache"
   CACHE INTERNAL "")
 
 # shardtune_add_test(NAME tree SOURCES a.cpp LIBS shardtune_x [RANKS 1 2 4] [LABELS unit] [TIMEOUT 120] [TORCH])

@@ -113,7 +113,7 @@ void add_parallel_rows(OptionTable& table, TrainOptions& train) {
   table.add("fp16", train.fp16, "compute in float16 with a dynamic loss scale");
   table.add("reduce_dtype", train.reduce_dtype, "fp32|bf16", "of gradients on their way between ranks; sums are fp32");
   table.add("share_frozen_weights", train.share_frozen_weights, "ddp, zero1, zero2: the ranks of a node hold one copy of frozen weights");
-  table.add("ddp_bucket_cap_mb", train.ddp_bucket_cap_mb, "MiB of a buffer that gradients and weights travel through, under every plan; 0 = chosen: 8");
+  table.add("ddp_bucket_cap_mb", train.ddp_bucket_cap_mb, "MiB of a buffer that gradients and weights travel through, under every plan; 0 = measured at the first start on a host");
   table.add("adam_state_dtype", train.adam_state_dtype, "fp32|bf16", "of AdamW's moments; bf16 saves 4 bytes a parameter");
   table.add("gradient_checkpointing", train.gradient_checkpointing, "recompute layers in the backward pass");
   table.add("gradient_checkpointing_every", train.gradient_checkpointing_every, "recompute every n-th layer only");

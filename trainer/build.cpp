@@ -13,6 +13,7 @@
 #include "core/host.hpp"
 #include "core/log.hpp"
 #include "distributed/comm/exchange.hpp"
+#include "distributed/parallel/bucket_size.hpp"
 #include "distributed/parallel/sharding_plan.hpp"
 #include "trainer/checkpointing.hpp"
 #include "trainer/precision_check.hpp"
@@ -66,7 +67,6 @@ ParallelOptions parallel_options(const TrainOptions& train, Communicator& world)
                           .recompute = {.every = train.gradient_checkpointing_every,
                                         .budget_bytes = train.activation_memory_budget << 20}};
   if (train.share_frozen_weights) options.share_frozen_on_host = host_name();
-  if (train.ddp_bucket_cap_mb > 0) options.bucket_bytes = train.ddp_bucket_cap_mb << 20;
   if (train.gradient_checkpointing) {
     const bool is_selective = train.gradient_checkpointing_mode == "selective";
     options.recompute.mode = is_selective ? RecomputeMode::selective : RecomputeMode::full;
@@ -74,6 +74,23 @@ ParallelOptions parallel_options(const TrainOptions& train, Communicator& world)
   if (options.plan.shard_axis == MeshAxis::node && options.hsdp_shard_size == 0)
     options.hsdp_shard_size = ranks_per_node(world, host_name());
   return options;
+}
+
+void choose_bucket_size(const TrainOptions& train, Communicator& world, ParallelOptions& parallel) {
+  if (world.size() == 1) return;
+  if (train.ddp_bucket_cap_mb > 0) {
+    parallel.bucket_bytes = train.ddp_bucket_cap_mb << 20;
+    log::info("communication buffers of {} MiB (--ddp_bucket_cap_mb)", train.ddp_bucket_cap_mb);
+    return;
+  }
+  const std::vector<std::string> hosts = all_gather_strings(world, host_name());
+  const BucketSizeKey key{.host = hosts.front(),
+                          .version = SHARDTUNE_VERSION,
+                          .num_ranks = world.size(),
+                          .ranks_per_node = static_cast<int>(std::count(hosts.begin(), hosts.end(), hosts.front()))};
+  const BucketSizeChoice choice = choose_bucket_bytes(world, key, user_cache_directory());
+  parallel.bucket_bytes = choice.bytes;
+  log::info("communication buffers of {} MiB ({})", choice.bytes >> 20, choice.reason);
 }
 
 std::string describe_reduction(const ParallelOptions& options, int num_ranks) {

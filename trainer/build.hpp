@@ -26,6 +26,9 @@ std::unique_ptr<Dataset> build_dataset(const DatasetOptions& options, const std:
 // Plan, precision and memory settings of the engine. Collective: hsdp asks all ranks for their node.
 ParallelOptions parallel_options(const TrainOptions& train, Communicator& world);
 
+// Collective. Sets bucket_bytes for training: as given, or as measured on this host, now or before.
+void choose_bucket_size(const TrainOptions& train, Communicator& world, ParallelOptions& parallel);
+
 // What the order of every sum of gradients depends on: "tree", or "fast, hsdp of 2 on 4 ranks".
 std::string describe_reduction(const ParallelOptions& options, int num_ranks);
 

@@ -43,7 +43,7 @@ void check_parallel(const TrainOptions& train) {
   need(train.hsdp_shard_size >= 0, "hsdp_shard_size", train.hsdp_shard_size, "0 (= the ranks of a node) or more is needed");
   if (train.bf16 && train.fp16) fail(ErrorKind::config, "--bf16 and --fp16 exclude each other; bf16 needs no loss scale");
   need_one_of("reduce_dtype", train.reduce_dtype, {"fp32", "bf16"});
-  need(train.ddp_bucket_cap_mb >= 0 && train.ddp_bucket_cap_mb <= 4096, "ddp_bucket_cap_mb", train.ddp_bucket_cap_mb, "0 (= chosen) or 1 to 4096 MiB are needed");
+  need(train.ddp_bucket_cap_mb >= 0 && train.ddp_bucket_cap_mb <= 4096, "ddp_bucket_cap_mb", train.ddp_bucket_cap_mb, "0 (= measured) or 1 to 4096 MiB are needed");
   need_one_of("adam_state_dtype", train.adam_state_dtype, {"fp32", "bf16"});
   need_one_of("gradient_checkpointing_mode", train.gradient_checkpointing_mode, {"full", "selective"});
   need(train.gradient_checkpointing_every >= 1, "gradient_checkpointing_every", train.gradient_checkpointing_every, "at least 1 is needed");

@@ -38,7 +38,7 @@ struct TrainOptions {
   std::string fsdp;                          // Hugging Face's spelling of a plan, instead of `sharding`
   std::string reduce_dtype = "fp32";         // or "bf16": of the gradients that travel
   bool share_frozen_weights = false;         // ddp, zero1, zero2: one copy per node
-  std::int64_t ddp_bucket_cap_mb = 0;        // MiB of a communication buffer; 0 = the engine's choice
+  std::int64_t ddp_bucket_cap_mb = 0;        // MiB of a communication buffer; 0 = measured
   std::string adam_state_dtype = "fp32";     // or "bf16"
   std::string reduction = "tree";            // or "fast"
   std::string loss_normalization = "global";

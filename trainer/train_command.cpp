@@ -83,6 +83,7 @@ int TrainRun::run() {
   parallel_ = parallel_options(options_.train, world_);
   prepare_output_dir();
   find_run_to_resume();
+  choose_bucket_size(options_.train, world_, parallel_);
   build_data_and_model();
   decide_identity();
   load_weights();

@@ -1,4 +1,5 @@
 // What a whole run evaluates, saves and exports, and what a resumed one takes over.
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 
@@ -14,9 +15,14 @@
 namespace shardtune {
 namespace {
 
+using testing_support::CommandResult;
 using testing_support::error_of;
 using testing_support::fresh_directory;
 using testing_support::make_tiny_run;
+using testing_support::mpirun_command;
+using testing_support::run_command;
+using testing_support::sha256_of;
+using testing_support::shardtune_binary;
 using testing_support::TinyFamily;
 using testing_support::train_on_threads;
 using Steps = std::vector<std::int64_t>;
@@ -66,6 +72,75 @@ TEST(EpochStrategies, IncludeTheEndOfAnIncompleteEpoch) {
   EXPECT_EQ(recorded_steps(options, "loss"), (Steps{16, 20}));
   EXPECT_EQ(recorded_steps(options, "eval_loss"), (Steps{16, 20}));
   EXPECT_EQ(saved_steps(options), (Steps{20, 16}));
+  std::filesystem::remove_all(directory);
+}
+
+// The only file of a cache directory, if any.
+std::filesystem::path kept_bucket_size(const std::filesystem::path& cache) {
+  if (!std::filesystem::exists(cache)) return {};
+  return std::filesystem::directory_iterator(cache)->path();
+}
+
+TEST(BucketSize, IsMeasuredUnlessGivenAndChangesNoBit) {
+  const auto directory = fresh_directory("bucket_size");
+  const char* before = std::getenv("XDG_CACHE_HOME");
+  const std::string cache_before = before != nullptr ? before : "";
+  ::setenv("XDG_CACHE_HOME", (directory / "cache").c_str(), 1);
+  RunOptions options = make_tiny_run(directory, TinyFamily::minilm);  // units of several MiB
+  options.train.max_steps = 2;
+  options.train.logging_strategy = options.train.save_strategy = Interval::no;
+  for (const char* plan : {"ddp", "zero3"}) {
+    options.train.sharding = plan;
+    options.train.overwrite_output_dir = true;
+    options.train.ddp_bucket_cap_mb = 1;
+    const std::string given = train_on_threads(options, 2);
+    EXPECT_EQ(kept_bucket_size(directory / "cache" / "shardtune"), std::filesystem::path());
+    options.train.ddp_bucket_cap_mb = 0;
+    EXPECT_EQ(train_on_threads(options, 2), given);
+    const std::filesystem::path file = kept_bucket_size(directory / "cache" / "shardtune");
+    ASSERT_FALSE(file.empty());
+    nlohmann::json kept = nlohmann::json::parse(std::ifstream(file));
+    for (const std::int64_t mib : {1, 8}) {
+      kept["bucket_bytes"] = mib << 20;
+      std::ofstream(file) << kept;
+      EXPECT_EQ(train_on_threads(options, 2), given) << plan << " " << mib;
+      EXPECT_EQ(nlohmann::json::parse(std::ifstream(file)), kept) << "the file was not taken as it is";
+    }
+    std::filesystem::remove_all(directory / "cache");
+  }
+  if (before == nullptr) ::unsetenv("XDG_CACHE_HOME");
+  else ::setenv("XDG_CACHE_HOME", cache_before.c_str(), 1);
+  std::filesystem::remove_all(directory);
+}
+
+// A container's /dev/shm: of 64 MiB the gathered weights fit but not all buffers, of 24 nothing but the slots does.
+TEST(SmallSharedMemory, ChangesNothingButTheSpeed) {
+  const auto within = [](const std::string& size, const std::string& command) {
+    return fmt::format("unshare -m sh -c 'mount -t tmpfs -o size={} tmpfs /dev/shm && exec \"$@\"' sh {}", size, command);
+  };
+  if (run_command(within("64m", "true")).exit_code != 0) GTEST_SKIP() << "this user may not mount a small /dev/shm";
+  const auto directory = fresh_directory("small_shared_memory");
+  const RunOptions options = make_tiny_run(directory, TinyFamily::minilm);
+  const std::string train = fmt::format(
+      "{} {} train --config_name {} --train_file {} --output_dir {} --overwrite_output_dir --max_steps 2 --num_threads 1 "
+      "--per_device_train_batch_size 4 --global_batch_size 16 --save_strategy no --log_level warn --disable_tqdm --ddp_bucket_cap_mb 8 "
+      "--sharding ",
+      mpirun_command(4), shardtune_binary(), options.model.config_name, options.data.train_file, options.train.output_dir);
+  std::vector<std::string> hashes;
+  const auto run = [&](const std::string& command) {
+    const CommandResult result = run_command("timeout -k 5 100 " + command);
+    EXPECT_EQ(result.exit_code, 0) << command << ": " << result.output;
+    hashes.push_back(sha256_of(options.train.output_dir + "/model/model.safetensors"));
+    EXPECT_EQ(hashes.back(), hashes.front()) << command;
+    return result.output;
+  };
+  (void)run(train + "ddp");
+  for (const char* size : {"64m", "24m"}) {
+    for (const char* plan : {"ddp", "zero3"}) {
+      const std::string output = run(within(size, train + plan));
+      EXPECT_NE(output.find("bytes of shared memory in /dev/shm"), std::string::npos) << output;
+    }
+  }
   std::filesystem::remove_all(directory);
 }
 
