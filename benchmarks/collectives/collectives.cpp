@@ -111,6 +111,46 @@ double median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
+struct CoreToCore {
+  double write = 0.0;  // GB/s with which rank 0 writes a slot that rank 1 has just read,
+  double read = 0.0;   // and rank 1 reads what rank 0 has just written
+};
+
+// What staging through slots is up against: every byte is written by one core and read by another, in turn.
+CoreToCore core_to_core_rates(Communicator& world) {
+  constexpr std::int64_t kBytes = 256 << 10;
+  const at::Tensor slot = world.make_shared(kBytes, at::kByte);
+  const at::Tensor own = at::ones({kBytes}, at::kByte);
+  if (!slot.defined()) return {};
+  std::vector<double> write;
+  std::vector<double> read;
+  for (int i = 0; i < 200; ++i) {
+    for (const int actor : {0, 1}) {
+      void* const to = (actor == 0 ? slot : own).mutable_data_ptr();
+      const void* const from = (actor == 0 ? own : slot).const_data_ptr();
+      barrier();
+      const auto start = std::chrono::steady_clock::now();
+      if (world.rank() == actor) std::memcpy(to, from, kBytes);
+      barrier();
+      (actor == 0 ? write : read).push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+  }
+  return {kBytes / median(write) / 1e9, kBytes / median(read) / 1e9};
+}
+
+// Of an all_gather where every rank's part lies in memory that all have in common: saying so is all there is to do.
+double gather_in_common_seconds(Communicator& world) {
+  const at::Tensor word = at::zeros({1}, at::kLong);
+  std::vector<double> seconds;
+  for (int i = 0; i < 500; ++i) {
+    barrier();
+    const auto start = std::chrono::steady_clock::now();
+    world.all_reduce(word, ReduceOp::max).wait();
+    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return median(seconds);
+}
+
 void run_case(const std::vector<std::unique_ptr<Contestant>>& contestants, const Case& c, Communicator& world) {
   const std::int64_t bytes = c.numel * static_cast<std::int64_t>(c10::elementSize(c.dtype));
   std::vector<std::vector<double>> seconds(contestants.size());
@@ -149,10 +189,14 @@ void run(Communicator& world, const Arguments& arguments) {
     }
   }
   const double rate = copy_rate(world);
+  const CoreToCore crossing = core_to_core_rates(world);
+  const double in_common = gather_in_common_seconds(world);
   if (world.rank() == 0) {
     std::printf("%d ranks, own over %s; median microseconds (times as fast as Open MPI, as gloo)\n", world.size(),
                 describe_transport(world).c_str());
-    std::printf("all ranks together copy %.1f GB/s in memory\n\n", rate);
+    std::printf("all ranks together copy %.1f GB/s in memory; a slot is written with %.1f and read by another core with %.1f GB/s;\n"
+                "gathering in memory that the ranks have in common takes %.1f microseconds at any size\n\n",
+                rate, crossing.write, crossing.read, in_common * 1e6);
     std::string head = "| operation | dtype | KiB |";
     std::string rule = "|---|---|---|";
     for (const auto& contestant : contestants) {
