@@ -132,7 +132,8 @@ CoreToCore core_to_core_rates(Communicator& world) {
       const auto start = std::chrono::steady_clock::now();
       if (world.rank() == actor) std::memcpy(to, from, kBytes);
       barrier();
-      (actor == 0 ? write : read).push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+      (actor == 0 ? write : read)
+          .push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
     }
   }
   return {kBytes / median(write) / 1e9, kBytes / median(read) / 1e9};
@@ -194,9 +195,11 @@ void run(Communicator& world, const Arguments& arguments) {
   if (world.rank() == 0) {
     std::printf("%d ranks, own over %s; median microseconds (times as fast as Open MPI, as gloo)\n", world.size(),
                 describe_transport(world).c_str());
-    std::printf("all ranks together copy %.1f GB/s in memory; a slot is written with %.1f and read by another core with %.1f GB/s;\n"
-                "gathering in memory that the ranks have in common takes %.1f microseconds at any size\n\n",
-                rate, crossing.write, crossing.read, in_common * 1e6);
+    std::printf(
+        "all ranks together copy %.1f GB/s in memory; a slot is written with %.1f and read by another core with %.1f "
+        "GB/s;\n"
+        "gathering in memory that the ranks have in common takes %.1f microseconds at any size\n\n",
+        rate, crossing.write, crossing.read, in_common * 1e6);
     std::string head = "| operation | dtype | KiB |";
     std::string rule = "|---|---|---|";
     for (const auto& contestant : contestants) {

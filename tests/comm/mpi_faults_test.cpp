@@ -148,7 +148,8 @@ TEST_F(SmallSharedMemory, TooSmallForAnythingMeansOneWarningAndMpi) {
 TEST_F(SmallSharedMemory, TooSmallForAnythingIsANamedErrorWhereItMustBeUsed) {
   const Outcome outcome = run("100k", "SHARDTUNE_COMM=shm");
   EXPECT_EQ(outcome.exit_code, 5) << outcome.output;
-  EXPECT_NE(outcome.output.find("only 102400 are free, 16777216 of which are left to others"), std::string::npos) << outcome.output;
+  EXPECT_NE(outcome.output.find("only 102400 are free, 16777216 of which are left to others"), std::string::npos)
+      << outcome.output;
 }
 
 TEST(MpiJob, RefusesSettingsOfCommunicationItDoesNotKnow) {

@@ -108,24 +108,30 @@ TEST(BucketSize, IsMeasuredUnlessGivenAndChangesNoBit) {
     }
     std::filesystem::remove_all(directory / "cache");
   }
-  if (before == nullptr) ::unsetenv("XDG_CACHE_HOME");
-  else ::setenv("XDG_CACHE_HOME", cache_before.c_str(), 1);
+  if (before == nullptr)
+    ::unsetenv("XDG_CACHE_HOME");
+  else
+    ::setenv("XDG_CACHE_HOME", cache_before.c_str(), 1);
   std::filesystem::remove_all(directory);
 }
 
 // A container's /dev/shm: of 64 MiB the gathered weights fit but not all buffers, of 24 nothing but the slots does.
 TEST(SmallSharedMemory, ChangesNothingButTheSpeed) {
   const auto within = [](const std::string& size, const std::string& command) {
-    return fmt::format("unshare -m sh -c 'mount -t tmpfs -o size={} tmpfs /dev/shm && exec \"$@\"' sh {}", size, command);
+    return fmt::format("unshare -m sh -c 'mount -t tmpfs -o size={} tmpfs /dev/shm && exec \"$@\"' sh {}", size,
+                       command);
   };
   if (run_command(within("64m", "true")).exit_code != 0) GTEST_SKIP() << "this user may not mount a small /dev/shm";
   const auto directory = fresh_directory("small_shared_memory");
   const RunOptions options = make_tiny_run(directory, TinyFamily::minilm);
   const std::string train = fmt::format(
-      "{} {} train --config_name {} --train_file {} --output_dir {} --overwrite_output_dir --max_steps 2 --num_threads 1 "
-      "--per_device_train_batch_size 4 --global_batch_size 16 --save_strategy no --log_level warn --disable_tqdm --ddp_bucket_cap_mb 8 "
+      "{} {} train --config_name {} --train_file {} --output_dir {} --overwrite_output_dir --max_steps 2 --num_threads "
+      "1 "
+      "--per_device_train_batch_size 4 --global_batch_size 16 --save_strategy no --log_level warn --disable_tqdm "
+      "--ddp_bucket_cap_mb 8 "
       "--sharding ",
-      mpirun_command(4), shardtune_binary(), options.model.config_name, options.data.train_file, options.train.output_dir);
+      mpirun_command(4), shardtune_binary(), options.model.config_name, options.data.train_file,
+      options.train.output_dir);
   std::vector<std::string> hashes;
   const auto run = [&](const std::string& command) {
     const CommandResult result = run_command("timeout -k 5 100 " + command);
