@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <utility>
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
@@ -125,11 +126,9 @@ TEST(SmallSharedMemory, ChangesNothingButTheSpeed) {
   const auto directory = fresh_directory("small_shared_memory");
   const RunOptions options = make_tiny_run(directory, TinyFamily::minilm);
   const std::string train = fmt::format(
-      "{} {} train --config_name {} --train_file {} --output_dir {} --overwrite_output_dir --max_steps 2 --num_threads "
-      "1 "
+      "{} {} train --config_name {} --train_file {} --output_dir {} --overwrite_output_dir --max_steps 1 --num_threads 1 "
       "--per_device_train_batch_size 4 --global_batch_size 16 --save_strategy no --log_level warn --disable_tqdm "
-      "--ddp_bucket_cap_mb 8 "
-      "--sharding ",
+      "--ddp_bucket_cap_mb 8 --sharding ",
       mpirun_command(4), shardtune_binary(), options.model.config_name, options.data.train_file,
       options.train.output_dir);
   std::vector<std::string> hashes;
@@ -141,11 +140,10 @@ TEST(SmallSharedMemory, ChangesNothingButTheSpeed) {
     return result.output;
   };
   (void)run(train + "ddp");
-  for (const char* size : {"64m", "24m"}) {
-    for (const char* plan : {"ddp", "zero3"}) {
-      const std::string output = run(within(size, train + plan));
-      EXPECT_NE(output.find("bytes of shared memory in /dev/shm"), std::string::npos) << output;
-    }
+  using Case = std::pair<const char*, const char*>;
+  for (const auto& [size, plan] : {Case{"64m", "ddp"}, Case{"64m", "zero3"}, Case{"24m", "zero3"}}) {
+    const std::string output = run(within(size, train + plan));
+    EXPECT_NE(output.find("bytes of shared memory in /dev/shm"), std::string::npos) << output;
   }
   std::filesystem::remove_all(directory);
 }
