@@ -1,11 +1,11 @@
 #include "distributed/comm/shm_transport.hpp"
 
 #include <algorithm>
-#include <cstring>
 
 #include <fmt/format.h>
 
 #include "core/error.hpp"
+#include "distributed/comm/copy_bytes.hpp"
 
 namespace shardtune {
 namespace {
@@ -21,10 +21,6 @@ constexpr std::int64_t kInPlaceBlockBytes = 16 << 10;
 std::int64_t up_to_lines(std::int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
 std::size_t index(int rank) { return static_cast<std::size_t>(rank); }
-
-void copy_bytes(std::byte* to, const std::byte* from, std::int64_t bytes) {
-  if (bytes > 0 && to != from) std::memcpy(to, from, static_cast<std::size_t>(bytes));
-}
 
 // What of a part of `bytes` bytes lies in the step that begins at `begin`.
 std::int64_t in_step(std::int64_t bytes, std::int64_t begin, std::int64_t step) {

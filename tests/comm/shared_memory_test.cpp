@@ -17,6 +17,7 @@
 #include <ATen/ATen.h>
 
 #include "core/error.hpp"
+#include "distributed/comm/copy_bytes.hpp"
 #include "distributed/comm/shared_segment.hpp"
 #include "distributed/comm/thread_group.hpp"
 #include "distributed/comm/transport_seams.hpp"
@@ -111,6 +112,38 @@ TEST(SharedMemoryRanks, ReadFromDifferentBuffersAndAfterBuffersAreGone) {
       group.all_reduce(tensor, ReduceOp::sum).wait();
       EXPECT_TRUE(at::equal(tensor, at::full({5000}, 3.0, at::kFloat)));
     }
+  });
+}
+
+TEST(CopyBytes, CopiesAllAndOnlyWhatItShouldAtAnyAlignment) {
+  const at::Tensor from = at::randint(256, {kStreamBytes + 1000}, at::kByte);
+  const auto* in = static_cast<const std::byte*>(from.const_data_ptr());
+  for (const std::int64_t bytes :
+       {std::int64_t{0}, std::int64_t{77}, kStreamBytes - 1, kStreamBytes, kStreamBytes + 131}) {
+    for (const int shift : {0, 1, 63}) {
+      const at::Tensor to = at::full({kStreamBytes + 1000}, 7, at::kByte);
+      const at::Tensor expected = to.clone();
+      expected.narrow(0, shift, bytes).copy_(from.narrow(0, 5, bytes));
+      copy_bytes(static_cast<std::byte*>(to.mutable_data_ptr()) + shift, in + 5, bytes);
+      EXPECT_TRUE(at::equal(to, expected)) << bytes << " bytes at " << shift;
+    }
+  }
+}
+
+TEST(SharedMemoryRanks, GatherAndExchangeWhatIsLargerThanTheCaches) {
+  const std::int64_t numel = kStreamBytes / 8 + 17;  // int64 of a rank, and for a rank
+  run_layered(2, 2, 0, [&](Communicator& group) {
+    const at::Tensor buffer = group.make_buffer(2 * numel, at::kLong);
+    const at::Tensor out = at::empty({2 * numel}, at::kLong);
+    const std::vector<std::int64_t> counts(2, numel);
+    const auto iota = [&](std::int64_t first, std::int64_t count) {
+      return at::arange(first, first + count, at::kLong);
+    };
+    buffer.copy_(iota(group.rank() * 2 * numel, 2 * numel));
+    group.all_gather(out, buffer.narrow(0, 0, numel), counts).wait();
+    EXPECT_TRUE(at::equal(out, at::cat({iota(0, numel), iota(2 * numel, numel)})));
+    group.all_to_all(out, counts, buffer, counts).wait();
+    EXPECT_TRUE(at::equal(out, at::cat({iota(group.rank() * numel, numel), iota((2 + group.rank()) * numel, numel)})));
   });
 }
 
