@@ -7,6 +7,10 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "core/error.hpp"
 
 namespace shardtune {
@@ -112,13 +116,43 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=51
     const Left* left, const Right* right, std::int64_t count, Out* out) {
   combine_all<op>(left, right, count, out);
 }
+
+#define SHARDTUNE_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+
+SHARDTUNE_AVX512_BF16 inline __m512 widen_sixteen(const Bf16* values) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+
+// The sum of two pieces of bf16. The instruction that rounds takes denormals for zeros and leaves NaNs as they are;
+// where a sum is either, the ordinary loop adds these elements.
+SHARDTUNE_AVX512_BF16 void add_avx512_bf16(const Bf16* left, const Bf16* right, std::int64_t count, Bf16* out) {
+  constexpr std::int64_t kStep = 32;
+  constexpr int kNanOrDenormal = 0x81 | 0x20;
+  std::int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    const __m512 first = _mm512_add_ps(widen_sixteen(left + i), widen_sixteen(right + i));
+    const __m512 second = _mm512_add_ps(widen_sixteen(left + i + kStep / 2), widen_sixteen(right + i + kStep / 2));
+    const int specials = _mm512_fpclass_ps_mask(first, kNanOrDenormal) | _mm512_fpclass_ps_mask(second, kNanOrDenormal);
+    if (specials != 0) [[unlikely]] {
+      combine_pairs<ReduceOp::sum>(left + i, right + i, kStep / 2, out + i);
+    } else {
+      _mm512_storeu_si512(out + i, std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+    }
+  }
+  combine_all<ReduceOp::sum>(left + i, right + i, count - i, out + i);
+}
 #endif
 
 template <ReduceOp op, class Left, class Right, class Out>
 void combine_block(const Left* left, const Right* right, std::int64_t count, Out* out,
                    [[maybe_unused]] ReductionInstructions instructions) {
 #if defined(__x86_64__)
-  if (instructions == ReductionInstructions::avx512) return combine_avx512<op>(left, right, count, out);
+  if constexpr (op == ReduceOp::sum && std::is_same_v<Left, Bf16> && std::is_same_v<Right, Bf16> &&
+                std::is_same_v<Out, Bf16>) {
+    if (instructions == ReductionInstructions::avx512_bf16) return add_avx512_bf16(left, right, count, out);
+  }
+  if (instructions >= ReductionInstructions::avx512) return combine_avx512<op>(left, right, count, out);
   if (instructions == ReductionInstructions::avx2) return combine_avx2<op>(left, right, count, out);
 #endif
   combine_all<op>(left, right, count, out);
@@ -214,7 +248,7 @@ void reduce(std::span<const std::byte* const> pieces, std::int64_t numel, Reduce
 ReductionInstructions best_reduction_instructions() noexcept {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return ReductionInstructions::avx512;
+    return __builtin_cpu_supports("avx512bf16") ? ReductionInstructions::avx512_bf16 : ReductionInstructions::avx512;
   }
   if (__builtin_cpu_supports("avx2")) return ReductionInstructions::avx2;
 #endif

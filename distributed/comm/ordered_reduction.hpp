@@ -21,8 +21,8 @@ struct Reduction {
   std::int64_t out_bytes() const { return static_cast<std::int64_t>(c10::elementSize(out_dtype())); }
 };
 
-// Loops are compiled for each; all give the same bits.
-enum class ReductionInstructions { portable, avx2, avx512 };
+// Loops are compiled for each, from the oldest to the newest; all give the same bits.
+enum class ReductionInstructions { portable, avx2, avx512, avx512_bf16 };
 ReductionInstructions best_reduction_instructions() noexcept;  // of this processor
 
 // out[i] := reduction over p of pieces[p][i], i < numel, in the order of the binary tree over piece numbers in which
