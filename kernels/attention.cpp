@@ -12,6 +12,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "core/error.hpp"
+#include "kernels/bf16_attention.hpp"
 #include "kernels/short_attention.hpp"
 
 namespace shardtune {
@@ -168,6 +169,26 @@ bool has_long_segment(const Offsets& offsets) {
   return false;
 }
 
+void compute(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options, at::Tensor& out,
+             at::Tensor& log_sum_exp) {
+  if (takes_bf16_attention(q)) return bf16_attention_forward(q, k, v, options, out, log_sum_exp);
+  short_attention_forward(q, k, v, options, out, log_sum_exp);
+  if (!has_long_segment(*options.segment_offsets)) return;
+  if (options.dropout.is_active())
+    dropout_forward(q, k, v, options, out);
+  else
+    flash_forward(q, k, v, options, out, log_sum_exp);
+}
+
+void differentiate_long_segments(const at::Tensor& grad, const torch::autograd::variable_list& saved,
+                                 const AttentionOptions& options, const AttentionGradients& into) {
+  if (!options.dropout.is_active()) return flash_backward(grad, saved, options, into);
+  at::Tensor wide_dk = at::zeros(into.k.sizes(), at::kFloat), wide_dv = at::zeros(into.v.sizes(), at::kFloat);
+  dropout_backward(grad, saved[0], saved[1], saved[2], options, {into.q, wide_dk, wide_dv});
+  into.k.copy_(wide_dk);
+  into.v.copy_(wide_dv);
+}
+
 struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& q_tracked, const at::Tensor& k_tracked,
                             const at::Tensor& v_tracked, const c10::intrusive_ptr<OptionsHolder>& holder) {
@@ -185,12 +206,10 @@ struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
     } else {
       out = at::empty({q.size(0), q.size(1), q.size(2)}, q.options());
       log_sum_exp = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
-      short_attention_forward(q, k, v, options, out, log_sum_exp);
-      if (is_long && has_dropout) dropout_forward(q, k, v, options, out);
-      if (is_long && !has_dropout) flash_forward(q, k, v, options, out, log_sum_exp);
+      compute(q, k, v, options, out, log_sum_exp);
     }
     torch::autograd::variable_list to_save{q, k, v, log_sum_exp};
-    if (is_long && !has_dropout) to_save.push_back(out);
+    if (takes_bf16_attention(q) || (is_long && !has_dropout)) to_save.push_back(out);
     ctx->save_for_backward(std::move(to_save));
     // The output itself goes on into the graph; what is kept must not be that very variable.
     if (holder->keeps) options.recompute->keep({out.detach(), log_sum_exp});
@@ -206,16 +225,11 @@ struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
     const at::Tensor grad = grad_outputs[0].contiguous();
     at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()),
                dv = at::empty(v.sizes(), v.options());
-    if (has_long_segment(*options.segment_offsets)) {
-      if (options.dropout.is_active()) {
-        at::Tensor wide_dk = at::zeros(k.sizes(), at::kFloat), wide_dv = at::zeros(v.sizes(), at::kFloat);
-        dropout_backward(grad, q, k, v, options, {dq, wide_dk, wide_dv});
-        dk.copy_(wide_dk);
-        dv.copy_(wide_dv);
-      } else {
-        flash_backward(grad, saved, options, {dq, dk, dv});
-      }
+    if (takes_bf16_attention(q)) {
+      bf16_attention_backward({q, k, v, saved[4], saved[3], grad}, options, {dq, dk, dv});
+      return {dq, dk, dv, {}};
     }
+    if (has_long_segment(*options.segment_offsets)) differentiate_long_segments(grad, saved, options, {dq, dk, dv});
     short_attention_backward(grad, q, k, v, saved[3], options, {dq, dk, dv});
     return {dq, dk, dv, {}};
   }

@@ -23,12 +23,13 @@ struct AttentionOptions {
 };
 
 // q [T, H, D], k and v [T, K, D], fp32, bf16 or fp16, any strides with a dense last dimension; result [T, H, D]
-// contiguous. Segments of at most 256 tokens: own kernel (short_attention.hpp). Longer ones: without dropout flash
-// attention (Dao 2022) as ATen implements it for CPUs; with dropout softmax in fp32 over blocks of query rows, made
-// again in backward. Saves q, k, v, one fp32 number per (token, head), and where flash attention ran the output. The
-// mask of (token t of the row, head h, key j of the segment) is element j of row t * 2^16 + h (see dropout.hpp). The bits
-// do not depend on the number of threads for short segments; for longer ones, where the matrix products are ATen's, they
-// may.
+// contiguous. bf16 on a processor with bf16 products: own kernel for every length (bf16_attention.hpp), which rounds
+// probabilities and gradients of scores to bf16 as flash attention does. Otherwise segments of at most 256 tokens: own
+// kernel in fp32 (short_attention.hpp); longer ones: without dropout flash attention (Dao 2022) as ATen implements it for
+// CPUs; with dropout softmax in fp32 over blocks of query rows, made again in backward. Saves q, k, v, one fp32 number per
+// (token, head), and for flash attention and bf16 the output. The mask of (token t of the row, head h, key j of the
+// segment) is element j of row t * 2^16 + h (see dropout.hpp). The bits do not depend on the number of threads for bf16
+// products and short segments; for longer ones, where the matrix products are ATen's, they may.
 at::Tensor varlen_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                             const AttentionOptions& options);
 // Any floating dtype; computed in that dtype by plain operations, differentiable by autograd.

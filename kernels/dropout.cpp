@@ -66,6 +66,21 @@ struct Masker {
     for (int w = 0; w < 4; ++w)
       for (int i = 0; i < 16; ++i) out[w * 16 + i] = words[w][i] < limit ? 0.0F : scale;
   }
+  // The same as bits.
+  SHARDTUNE_INLINE std::uint64_t make_bits(std::int64_t group) const {
+    std::uint32_t words[4][16], lanes[16];
+    philox_group(key, static_cast<std::uint64_t>(group) * 16, row, words);
+    std::uint64_t bits = 0;
+    for (int half = 0; half < 2; ++half) {
+      // Lane i holds the bits of words 2 half and 2 half + 1, each at its place in the result.
+      for (std::uint32_t i = 0; i < 16; ++i)
+        lanes[i] = (words[2 * half][i] < limit ? 0U : 1U << i) | (words[2 * half + 1][i] < limit ? 0U : 0x10000U << i);
+      std::uint32_t all = 0;
+      for (const std::uint32_t lane : lanes) all |= lane;
+      bits |= static_cast<std::uint64_t>(all) << (32 * half);
+    }
+    return drops_all ? 0 : bits;
+  }
 };
 
 template <class T>
@@ -158,5 +173,14 @@ void fill_dropout_row(const DropoutSite& site, std::uint64_t row, std::span<floa
     }
   });
 }
+
+void fill_dropout_bits(const DropoutSite& site, std::uint64_t row, std::span<std::uint64_t> into) {
+  const Masker masker(site, row);
+  simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
+    for (std::size_t group = 0; group < into.size(); ++group) into[group] = masker.make_bits(static_cast<std::int64_t>(group));
+  });
+}
+
+float dropout_keep_scale(const DropoutSite& site) { return keep_scale(site.probability); }
 
 }  // namespace shardtune

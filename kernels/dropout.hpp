@@ -31,6 +31,9 @@ at::Tensor dropout_reference(const at::Tensor& x, const DropoutSite& site);
 
 // The multipliers m of elements [0, into.size()) of `row`.
 void fill_dropout_row(const DropoutSite& site, std::uint64_t row, std::span<float> into);
+// The same as bits: bit i of word w is set where element 64 w + i is kept; a kept one's multiplier is dropout_keep_scale.
+void fill_dropout_bits(const DropoutSite& site, std::uint64_t row, std::span<std::uint64_t> into);
+float dropout_keep_scale(const DropoutSite& site);  // 1 / (1 - p); 0 for p = 1
 // One multiplier by the definition above, for tests and references.
 float dropout_multiplier(const DropoutSite& site, std::uint64_t row, std::uint64_t element);
 

@@ -4,16 +4,19 @@
 
 namespace shardtune {
 
-enum class InstructionSet { portable, avx2, avx512 };  // each contains the ones before it
+// Each contains the ones before it. avx512_bf16: products of bf16 pairs; amx: those of bf16 tiles.
+enum class InstructionSet { portable, avx2, avx512, avx512_bf16, amx };
 
-// What this processor can do.
+// What this processor can do. Asks Linux for the use of AMX tiles where there are any.
 InstructionSet best_instruction_set();
-// nullptr: the best one; else the one named (avx512, avx2, portable). Error{config} for another name and for one that
+// nullptr: the best one; else the one named (as the enumerators are). Error{config} for another name and for one that
 // this processor lacks.
 InstructionSet choose_instruction_set(const char* requested);
 // The choice of this process, made at the first call from the environment variable SHARDTUNE_ISA. It is there to test
-// and to debug: the bits are the same under every choice.
+// and to debug: the bits are the same under every choice, except for bf16 attention, linear layers and heads, which
+// avx512_bf16 and amx multiply in their own ways.
 InstructionSet instruction_set();
+const char* name_of(InstructionSet set);
 
 // Whether this processor has arithmetic of its own for a 16-bit type. Where it has not, matrix products of that type
 // are emulated, several times slower than in fp32.

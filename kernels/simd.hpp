@@ -54,6 +54,8 @@ __attribute__((target("avx2"))) void run_avx2(const F& body) {
 template <class F>
 void dispatch(const F& body) {
   switch (instruction_set()) {
+    case InstructionSet::amx:
+    case InstructionSet::avx512_bf16:
     case InstructionSet::avx512: return run_avx512(body);
     case InstructionSet::avx2: return run_avx2(body);
     case InstructionSet::portable: return body();

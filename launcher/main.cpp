@@ -17,6 +17,7 @@
 #include "core/memory.hpp"
 #include "distributed/comm/exchange.hpp"
 #include "distributed/comm/mpi.hpp"
+#include "kernels/instruction_set.hpp"
 #include "launcher/command_line.hpp"
 #include "launcher/offline_commands.hpp"
 #include "launcher/process_setup.hpp"
@@ -116,7 +117,7 @@ int run_on_ranks(const Invocation& invocation, MpiEnvironment& mpi) {
 int run_alone(const Invocation& invocation) {
   if (invocation.wants_version) std::cout << "shardtune " << SHARDTUNE_VERSION << '\n';
   else if (invocation.wants_help) std::cout << help_text(invocation.command);
-  else if (invocation.wants_config) std::cout << config_text(invocation);
+  else if (invocation.wants_config) std::cout << config_text(invocation) << fmt::format("# instructions of the kernels: {} (environment variable SHARDTUNE_ISA)\n", name_of(instruction_set()));
   else return invocation.command == "tokenize" ? run_tokenize(invocation) : run_checkpoint(invocation);
   return 0;
 }

@@ -37,6 +37,17 @@ double common_share(const std::vector<float>& a, const std::vector<float>& b) {
 // Five standard deviations of the share of n independent events of probability p.
 double five_deviations(double p, std::size_t n) { return 5 * std::sqrt(p * (1 - p) / static_cast<double>(n)); }
 
+TEST(Dropout, BitsAreTheMultipliersOfTheSameRow) {
+  for (const double probability : {0.0, 0.1, 0.7, 1.0}) {
+    const DropoutSite site{.probability = probability, .key = 11};
+    std::vector<std::uint64_t> bits(5);
+    fill_dropout_bits(site, 77, bits);
+    const std::vector<float> mask = mask_row(site, 77, 64 * bits.size());
+    for (std::size_t i = 0; i < mask.size(); ++i)
+      EXPECT_EQ((bits[i / 64] >> (i % 64) & 1U) != 0 ? dropout_keep_scale(site) : 0.0F, mask[i]) << probability << " at " << i;
+  }
+}
+
 TEST(Dropout, EqualsTheReferenceBitForBitForwardAndBackward) {
   for (const std::vector<std::int64_t>& shape :
        std::vector<std::vector<std::int64_t>>{{0}, {1}, {3, 5}, {1, 64}, {7, 33}, {65, 48}, {2, 3, 171}, {40, 1003}})
