@@ -12,6 +12,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "core/error.hpp"
+#include "kernels/bf16_gemm.hpp"
 #include "kernels/element_type.hpp"
 #include "kernels/simd.hpp"
 
@@ -21,7 +22,7 @@ namespace {
 using simd::Float;
 using simd::kLanes;
 
-constexpr std::int64_t kChunkLogits = std::int64_t{16} << 20;
+constexpr std::int64_t kChunkBytes = std::int64_t{128} << 20;  // of logits; each chunk reads and writes the whole weight gradient
 constexpr std::int64_t kMaxChunkRows = 1024;
 constexpr std::int64_t kWeightBlockRows = 4096;  // bounds the bf16 temporary of the weight gradient
 
@@ -99,6 +100,7 @@ void accumulate_weight_grad(const at::Tensor& d_logits, const at::Tensor& hidden
     weight_grad.addmm_(d_logits.t(), hidden);
     return;
   }
+  if (takes_bf16_gemm(d_logits)) return bf16_gemm_add(d_logits.t(), hidden, weight_grad);
   for (std::int64_t v = 0; v < weight_grad.size(0); v += kWeightBlockRows) {
     const std::int64_t end = std::min(weight_grad.size(0), v + kWeightBlockRows);
     weight_grad.slice(0, v, end).add_(at::mm(d_logits.slice(1, v, end).t(), hidden));
@@ -122,7 +124,7 @@ HeadResult run_head(const HeadInputs& in, const HeadOptions& options) {
   const std::int64_t vocabulary = in.weight.size(0);
   const std::int64_t chunk = options.chunk_rows > 0
                                  ? options.chunk_rows
-                                 : std::clamp<std::int64_t>(kChunkLogits / vocabulary, 16, kMaxChunkRows);
+                                 : std::clamp<std::int64_t>(kChunkBytes / in.hidden.element_size() / vocabulary, 16, kMaxChunkRows);
   const at::Tensor rows = at::nonzero(in.labels != kIgnoredLabel).squeeze(1);
   const at::Tensor labels = in.labels.index_select(0, rows);
   const bool wants_grad = in.wants_hidden_grad || in.wants_weight_grad;

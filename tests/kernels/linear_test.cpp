@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include "kernels/instruction_set.hpp"
 #include "tests/kernels/support.hpp"
 
 namespace shardtune::testing {
@@ -22,6 +23,8 @@ TEST(Linear, ValuesAndGradientsLieWithinTheRoundingOfFp64) {
                               {65, 48, 17, true},
                               {130, 384, 96, true},
                               {2, 1003, 31, false},
+                              {70, 1100, 549, true},
+                              {1030, 40, 33, true},
                               {0, 8, 4, true}})
     for (const at::ScalarType dtype : kDtypes) {
       const at::Tensor given_x = random_tensor(1, {c.tokens, c.in}, dtype),
@@ -43,6 +46,20 @@ TEST(Linear, ValuesAndGradientsLieWithinTheRoundingOfFp64) {
       expect_within(grads[1], at::mm(g.t(), exact(given_x)), sums(c.tokens) * at::mm(ag.t(), ax), what + " dw");
       if (c.has_bias) expect_within(grads[2], g.sum(0), sums(c.tokens) * ag.sum(0), what + " db");
     }
+}
+
+TEST(Linear, WeightsStoredTransposedGetTheirGradientInTheirLayout) {
+  if (instruction_set() < InstructionSet::avx512_bf16) GTEST_SKIP() << "the matrix products are ATen's";
+  const at::Tensor given_x = random_tensor(1, {75, 90}, at::kBFloat16);
+  const at::Tensor given_w = random_tensor(2, {70, 90}, at::kBFloat16);
+  const at::Tensor seed = random_tensor(3, {75, 70}, at::kBFloat16);
+  const auto weight_gradient = [&](bool is_transposed) {
+    const at::Tensor w = leaf(is_transposed ? given_w.t().contiguous() : given_w);
+    return gradients(apply_linear(given_x, is_transposed ? w.t() : w), seed, {w})[0];
+  };
+  expect_same_bits(weight_gradient(true), weight_gradient(false).t(), "dw");
+  EXPECT_TRUE(weight_gradient(true).is_contiguous());
+  expect_same_bits_for_any_thread_count([&] { return std::vector<at::Tensor>{weight_gradient(true)}; }, "dw");
 }
 
 TEST(Linear, BiasGradientOfBf16IsSummedInFp32) {

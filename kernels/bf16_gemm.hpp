@@ -1,0 +1,20 @@
+#pragma once
+// Private to kernels/: bf16 matrix products of any size with fp32 sums on the blocks of bf16_tiles.hpp. The terms of an
+// element are added in an order that depends on K alone, so its bits depend neither on the number of threads nor on
+// what other rows and columns there are. Only where instruction_set() has bf16 products; denormal numbers count as
+// zero.
+#include <ATen/core/Tensor.h>
+
+namespace shardtune {
+
+bool takes_bf16_gemm(const at::Tensor& left);
+
+// left [M, K] and right [K, N] bf16, either dimension of each may be the dense one (x, x.t()).
+at::Tensor bf16_gemm(const at::Tensor& left, const at::Tensor& right);  // [M, N] bf16
+// into [M, N] += left right, fp32 with dense rows: no sum is rounded to bf16.
+void bf16_gemm_add(const at::Tensor& left, const at::Tensor& right, at::Tensor& into);
+
+// [T, N] bf16 with dense rows -> [N] bf16, sums over rows in fp32, the same bits for any number of threads.
+at::Tensor bf16_column_sums(const at::Tensor& x);
+
+}  // namespace shardtune
