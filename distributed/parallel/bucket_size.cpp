@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <chrono>
 #include <cstdlib>
 #include <limits>
@@ -54,9 +53,7 @@ class Trial {
   explicit Trial(Communicator& world)
       : world_(world),
         gradient_(at::zeros({kUnitBytes / 4}, at::kFloat)),
-        // Ranks that are no power of two receive into further buckets.
-        memory_(world.make_buffer((std::has_single_bit(static_cast<unsigned>(world.size())) ? 1 : 2) * kUnitBytes,
-                                  at::kByte)),
+        memory_(world.make_buffer(kUnitBytes, at::kByte)),
         nodes_{.of_ranks = {}, .num_leaves = world.size(), .dtype = at::kFloat} {
     for (int rank = 0; rank < world.size(); ++rank) nodes_.of_ranks.emplace_back(TreeNode{0, rank});
   }
