@@ -49,7 +49,6 @@ TEST(Linear, ValuesAndGradientsLieWithinTheRoundingOfFp64) {
 }
 
 TEST(Linear, WeightsStoredTransposedGetTheirGradientInTheirLayout) {
-  if (instruction_set() < InstructionSet::avx512_bf16) GTEST_SKIP() << "the matrix products are ATen's";
   const at::Tensor given_x = random_tensor(1, {75, 90}, at::kBFloat16);
   const at::Tensor given_w = random_tensor(2, {70, 90}, at::kBFloat16);
   const at::Tensor seed = random_tensor(3, {75, 70}, at::kBFloat16);
@@ -57,8 +56,10 @@ TEST(Linear, WeightsStoredTransposedGetTheirGradientInTheirLayout) {
     const at::Tensor w = leaf(is_transposed ? given_w.t().contiguous() : given_w);
     return gradients(apply_linear(given_x, is_transposed ? w.t() : w), seed, {w})[0];
   };
-  expect_same_bits(weight_gradient(true), weight_gradient(false).t(), "dw");
   EXPECT_TRUE(weight_gradient(true).is_contiguous());
+  // ATen's products may add in another order in the other layout, and with other threads; their values are tested above.
+  if (instruction_set() < InstructionSet::avx512_bf16) return;
+  expect_same_bits(weight_gradient(true), weight_gradient(false).t(), "dw");
   expect_same_bits_for_any_thread_count([&] { return std::vector<at::Tensor>{weight_gradient(true)}; }, "dw");
 }
 
