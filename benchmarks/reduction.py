@@ -8,33 +8,23 @@ PROGRAM is build/release/shardtune. Runs of both alternate, the first two steps 
 difference of the medians as a share of a step with fast. Random weights and rows; nothing is read or downloaded. Aim: at
 most 5 %. The ranks need a core each, and an idle machine: below some 20 steps per figure noise is larger than the cost.
 """
-import pathlib
-import statistics
-import tempfile
-
 import steps
 
 
 def main():
     parser = steps.argument_parser(__doc__, shape="minilm")
-    parser.add_argument("--plans", default="ddp,zero3")
     parser.add_argument("--accumulation", default="1,4")
     options = parser.parse_args()
     print(f"{options.shape}, {options.ranks} ranks, {'bf16' if options.bf16 else 'fp32'}")
     print(f"{'plan':8} {'accumulation':>12} {'tree ms':>10} {'fast ms':>10} {'cost %':>8}")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(temporary)
-        steps.write_inputs(folder, *steps.SHAPES[options.shape][:2])
-        for plan in options.plans.split(","):
+    with steps.inputs(options) as folder:
+        for plan in options.plans:
             for accumulation in map(int, options.accumulation.split(",")):
                 arguments = ["--sharding", plan, "--gradient_accumulation_steps", accumulation]
                 if plan == "hsdp":
                     arguments += ["--hsdp_shard_size", max(1, options.ranks // 2)]
-                seconds = {"tree": [], "fast": []}
-                for _ in range(options.repeats):
-                    for reduction, values in seconds.items():
-                        values += steps.step_seconds(options, folder, options.ranks, arguments + ["--reduction", reduction])
-                tree, fast = (1e3 * statistics.median(values) for values in seconds.values())
+                tree, fast = steps.median_milliseconds(
+                    options, folder, [(options.ranks, arguments + ["--reduction", order]) for order in ("tree", "fast")])
                 print(f"{plan:8} {accumulation:12} {tree:10.1f} {fast:10.1f} {100 * (tree - fast) / fast:8.1f}", flush=True)
 
 

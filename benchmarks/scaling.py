@@ -9,28 +9,17 @@ time of a step of one rank as a share of that of all, the difference is what com
 each other: caches and memory are theirs in common). Runs alternate, the first two steps of each are dropped, medians. Random
 weights and rows. The ranks need a core each, and an idle machine. Aim: 0.95 at 2 ranks.
 """
-import pathlib
-import statistics
-import tempfile
-
 import steps
 
 
 def main():
-    parser = steps.argument_parser(__doc__, shape="llama124m")
-    parser.add_argument("--plans", default="ddp,zero3")
-    options = parser.parse_args()
+    options = steps.argument_parser(__doc__, shape="llama124m").parse_args()
     print(f"{options.shape}, {'bf16' if options.bf16 else 'fp32'}")
     print(f"{'plan':8} {'1 rank ms':>10} {str(options.ranks) + ' ranks ms':>12} {'exposed ms':>11} {'efficiency':>11}")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(temporary)
-        steps.write_inputs(folder, *steps.SHAPES[options.shape][:2])
-        for plan in options.plans.split(","):
-            seconds = {1: [], options.ranks: []}
-            for _ in range(options.repeats):
-                for ranks, values in seconds.items():
-                    values += steps.step_seconds(options, folder, ranks, ["--sharding", plan])
-            one, all_ranks = (1e3 * statistics.median(values) for values in seconds.values())
+    with steps.inputs(options) as folder:
+        for plan in options.plans:
+            one, all_ranks = steps.median_milliseconds(options, folder,
+                                                       [(ranks, ["--sharding", plan]) for ranks in (1, options.ranks)])
             print(f"{plan:8} {one:10.1f} {all_ranks:12.1f} {all_ranks - one:11.1f} {one / all_ranks:11.3f}", flush=True)
 
 

@@ -1,10 +1,13 @@
 """What benchmarks that time training steps share: shapes with random weights and rows, and a run of the program."""
 import argparse
+import contextlib
 import json
 import pathlib
 import random
+import statistics
 import subprocess
 import sys
+import tempfile
 
 SHAPES = {  # config.json, tokens of a row, rows of a micro-batch
     "minilm": ({"architectures": ["BertForSequenceClassification"], "model_type": "bert", "vocab_size": 30522, "hidden_size": 384,
@@ -31,11 +34,20 @@ def write_inputs(folder, shape, tokens):
             handle.write(json.dumps({"text": text, "label": numbers.choice("ab")}) + "\n")
 
 
+@contextlib.contextmanager
+def inputs(options):
+    """A folder with what step_seconds() trains on."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_inputs(pathlib.Path(folder), *SHAPES[options.shape][:2])
+        yield pathlib.Path(folder)
+
+
 def argument_parser(doc, shape):
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program", type=lambda path: pathlib.Path(path).resolve())
     parser.add_argument("--shape", choices=SHAPES, default=shape)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--plans", default="ddp,zero3", type=lambda plans: plans.split(","))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--bf16", action="store_true")
@@ -56,3 +68,12 @@ def step_seconds(options, folder, ranks, arguments):
         sys.exit(f"exit code {result.returncode}: {result.stderr[-3000:]}")
     records = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
     return [record["step_seconds"] for record in records[DROPPED:]]
+
+
+def median_milliseconds(options, folder, runs):
+    """Of the steps of each of `runs`, pairs of ranks and arguments, which alternate."""
+    seconds = [[] for _ in runs]
+    for _ in range(options.repeats):
+        for values, (ranks, arguments) in zip(seconds, runs):
+            values += step_seconds(options, folder, ranks, arguments)
+    return [1e3 * statistics.median(values) for values in seconds]

@@ -13,6 +13,7 @@
 
 #include "core/error.hpp"
 #include "kernels/bf16_attention.hpp"
+#include "kernels/bf16_gemm.hpp"
 #include "kernels/short_attention.hpp"
 
 namespace shardtune {
@@ -171,7 +172,7 @@ bool has_long_segment(const Offsets& offsets) {
 
 void compute(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options, at::Tensor& out,
              at::Tensor& log_sum_exp) {
-  if (takes_bf16_attention(q)) return bf16_attention_forward(q, k, v, options, out, log_sum_exp);
+  if (takes_bf16_products(q)) return bf16_attention_forward(q, k, v, options, out, log_sum_exp);
   short_attention_forward(q, k, v, options, out, log_sum_exp);
   if (!has_long_segment(*options.segment_offsets)) return;
   if (options.dropout.is_active())
@@ -209,7 +210,7 @@ struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
       compute(q, k, v, options, out, log_sum_exp);
     }
     torch::autograd::variable_list to_save{q, k, v, log_sum_exp};
-    if (takes_bf16_attention(q) || (is_long && !has_dropout)) to_save.push_back(out);
+    if (takes_bf16_products(q) || (is_long && !has_dropout)) to_save.push_back(out);
     ctx->save_for_backward(std::move(to_save));
     // The output itself goes on into the graph; what is kept must not be that very variable.
     if (holder->keeps) options.recompute->keep({out.detach(), log_sum_exp});
@@ -225,7 +226,7 @@ struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
     const at::Tensor grad = grad_outputs[0].contiguous();
     at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()),
                dv = at::empty(v.sizes(), v.options());
-    if (takes_bf16_attention(q)) {
+    if (takes_bf16_products(q)) {
       bf16_attention_backward({q, k, v, saved[4], saved[3], grad}, options, {dq, dk, dv});
       return {dq, dk, dv, {}};
     }

@@ -12,7 +12,6 @@
 
 #include "kernels/bf16_attention_block.hpp"
 #include "kernels/bf16_tiles.hpp"
-#include "kernels/instruction_set.hpp"
 
 namespace shardtune {
 namespace {
@@ -280,15 +279,12 @@ void backward_task(const Problem& p, const AttentionSaved& saved, const Task& ta
     backward_head(p, saved, task, head, into.q, memory);
   const Rows d_k = mutable_rows_of(into.k, task.begin, task.kv_head),
              d_v = mutable_rows_of(into.v, task.begin, task.kv_head);
-  bf16::store_rows(memory.keys.d_keys, view.num_keys, view.head_size, 1.0F, d_k.data, d_k.stride);
-  bf16::store_rows(memory.keys.d_values, view.num_keys, view.head_size, view.keep_scale, d_v.data, d_v.stride);
+  const std::int64_t depth = padded(view.head_size);
+  bf16::store_block({memory.keys.d_keys, depth, view.num_keys, view.head_size}, d_k.data, d_k.stride);
+  bf16::store_block({memory.keys.d_values, depth, view.num_keys, view.head_size}, d_v.data, d_v.stride, view.keep_scale);
 }
 
 }  // namespace
-
-bool takes_bf16_attention(const at::Tensor& q) {
-  return q.scalar_type() == at::kBFloat16 && instruction_set() >= InstructionSet::avx512_bf16;
-}
 
 void bf16_attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                             const AttentionOptions& options, at::Tensor& out, at::Tensor& log_sum_exp) {

@@ -2,7 +2,8 @@
 // Private to kernels/: attention over a packed row in bf16 arithmetic, forward and backward, for segments of any
 // length, with dropout or without. Blocks of query rows against all keys they see: softmax over whole rows, no running
 // rescaling; backward makes the probabilities again from the log-sum-exp (Dao 2022). One task per (segment, key/value
-// head), longest first, so that the number of threads changes no bit. Legend as in attention.hpp.
+// head), longest first, so that the number of threads changes no bit. For tensors of takes_bf16_products (bf16_gemm.hpp).
+// Legend as in attention.hpp.
 //
 // Working memory of a thread, n tokens in its longest segment: forward n (4 D + 192) bytes, backward n (14 D + 130).
 #include <cstdint>
@@ -13,9 +14,6 @@
 #include "kernels/short_attention.hpp"
 
 namespace shardtune {
-
-// Whether instruction_set() has bf16 products and the tensors are bf16.
-bool takes_bf16_attention(const at::Tensor& q);
 
 // q, k, v: dense last dimension. Fills out [T, H, D] contiguous and log_sum_exp [T, H] fp32.
 void bf16_attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

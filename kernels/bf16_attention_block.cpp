@@ -1,22 +1,18 @@
 #include "kernels/bf16_attention_block.hpp"
 
-#include <immintrin.h>
 #include <math.h>
 
+#include "kernels/bf16_lanes.hpp"
 #include "kernels/bf16_tiles.hpp"
 
 // Compiled for avx512_bf16 (see CMakeLists.txt); no templates of the standard library in here.
 namespace shardtune::bf16 {
 namespace {
 
-constexpr std::int64_t kLanes = 16;
+constexpr __mmask16 kAllLanes = 0xFFFF;
 constexpr float kLog2E = 1.44269504088896341F, kLn2 = 0.693147180559945309F;
 
 std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-// Lanes below `count`.
-__mmask16 lanes_below(std::int64_t count) {
-  return count >= kLanes ? __mmask16{0xFFFF} : count <= 0 ? __mmask16{0} : static_cast<__mmask16>((1U << count) - 1U);
-}
 __mmask16 lanes_of(std::uint64_t bits, std::int64_t first) { return static_cast<__mmask16>(bits >> first); }
 
 // 2^x for x <= 0 (a little above does no harm): Taylor series on [-1/2, 1/2], relative error below 2e-7; 0 below -200,
@@ -33,10 +29,6 @@ __m512 exp2_lanes(__m512 x) {
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(kLn2));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0F));
   return _mm512_scalef_ps(p, n);
-}
-
-void store_bf16(std::uint16_t* into, __m512 value) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(into), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
 }
 
 // Scores of one row, the first `limit` of them valid, -> exp2(factor * score - largest) in bf16, zeros up to `columns`.
@@ -58,19 +50,16 @@ float exponentials_of_row(const float* scores, std::int64_t limit, std::int64_t 
     e = _mm512_maskz_mov_ps(valid, e);
     sum = _mm512_add_ps(sum, e);
     if (keep != nullptr) e = _mm512_maskz_mov_ps(lanes_of(keep[j / 64], j % 64), e);
-    store_bf16(into + j, e);
+    store_bf16(into + j, kAllLanes, e);
   }
   return _mm512_reduce_add_ps(sum);
 }
 
 float dot(const std::uint16_t* a, const std::uint16_t* b, std::int64_t size) {
-  const auto load = [](const std::uint16_t* from, __mmask16 lanes) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from)), 16));
-  };
   __m512 sum = _mm512_setzero_ps();
   for (std::int64_t i = 0; i < size; i += kLanes) {
     const __mmask16 lanes = lanes_below(size - i);
-    sum = _mm512_fmadd_ps(load(a + i, lanes), load(b + i, lanes), sum);
+    sum = _mm512_fmadd_ps(load_bf16(a + i, lanes), load_bf16(b + i, lanes), sum);
   }
   return _mm512_reduce_add_ps(sum);
 }
@@ -114,8 +103,8 @@ void differentiate(const HeadView& head, const BackwardBlock& block, const RowNu
       }
       const __m512 d_score =
           _mm512_mul_ps(_mm512_mul_ps(p, scale), _mm512_sub_ps(d_p, _mm512_load_ps(numbers.mean + c)));
-      store_bf16(s.probabilities + at, kept);
-      store_bf16(s.d_scores_rows + at, _mm512_maskz_mov_ps(seen, d_score));
+      store_bf16(s.probabilities + at, kAllLanes, kept);
+      store_bf16(s.d_scores_rows + at, kAllLanes, _mm512_maskz_mov_ps(seen, d_score));
     }
   }
 }
@@ -156,8 +145,8 @@ void forward_block(const HeadView& head, const ForwardKeys& keys, const ForwardB
   // Rows beyond the last one hold what an earlier block left; their products are not used.
   multiply({scratch.probabilities, stride, keys.value_pairs, depth, scratch.mixed, depth, kBlock, depth, columns});
   for (std::int64_t r = 0; r < block.rows; ++r)
-    store_rows(scratch.mixed + r * depth, 1, head.head_size, inverse[r], block.out + r * block.out_stride,
-               block.out_stride);
+    store_block({scratch.mixed + r * depth, depth, 1, head.head_size}, block.out + r * block.out_stride, block.out_stride,
+                inverse[r]);
 }
 
 void pack_backward_keys(const HeadView& head, const std::uint16_t* k, std::int64_t k_stride, const std::uint16_t* v,
@@ -203,19 +192,7 @@ void backward_block(const HeadView& head, const BackwardKeys& keys, const Backwa
   multiply({keys.keys_transposed, stride, s.d_scores, width, s.d_queries, width, depth, width, columns});
   transpose_words(reinterpret_cast<const std::uint32_t*>(s.d_queries), width, depth, width,
                   reinterpret_cast<std::uint32_t*>(s.d_query_rows), depth);
-  store_rows(s.d_query_rows, block.rows, head.head_size, 1.0F, block.d_q, block.d_q_stride);
-}
-
-void store_rows(const float* from, std::int64_t rows, std::int64_t columns, float factor, std::uint16_t* into,
-                std::int64_t stride) {
-  const std::int64_t width = padded(columns);
-  const __m512 scale = _mm512_set1_ps(factor);
-  for (std::int64_t r = 0; r < rows; ++r)
-    for (std::int64_t c = 0; c < columns; c += kLanes) {
-      const __m256i value =
-          reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(from + r * width + c), scale)));
-      _mm256_mask_storeu_epi16(into + r * stride + c, lanes_below(columns - c), value);
-    }
+  store_block({s.d_query_rows, depth, block.rows, head.head_size}, block.d_q, block.d_q_stride);
 }
 
 }  // namespace shardtune::bf16

@@ -82,8 +82,4 @@ struct BackwardBlock {
 void backward_block(const HeadView& head, const BackwardKeys& keys, const BackwardBlock& block,
                     const BackwardScratch& scratch);
 
-// fp32 [rows, padded columns] times factor -> bf16 rows.
-void store_rows(const float* from, std::int64_t rows, std::int64_t columns, float factor, std::uint16_t* into,
-                std::int64_t stride);
-
 }  // namespace shardtune::bf16

@@ -156,8 +156,8 @@ void check(const at::Tensor& left, const at::Tensor& right) {
 
 }  // namespace
 
-bool takes_bf16_gemm(const at::Tensor& left) {
-  return left.scalar_type() == at::kBFloat16 && instruction_set() >= InstructionSet::avx512_bf16;
+bool takes_bf16_products(const at::Tensor& x) {
+  return x.scalar_type() == at::kBFloat16 && instruction_set() >= InstructionSet::avx512_bf16;
 }
 
 at::Tensor bf16_gemm(const at::Tensor& left, const at::Tensor& right) {

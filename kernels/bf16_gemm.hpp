@@ -7,7 +7,8 @@
 
 namespace shardtune {
 
-bool takes_bf16_gemm(const at::Tensor& left);
+// Whether a tensor is bf16 and instruction_set() has bf16 products.
+bool takes_bf16_products(const at::Tensor& x);
 
 // left [M, K] and right [K, N] bf16, either dimension of each may be the dense one (x, x.t()).
 at::Tensor bf16_gemm(const at::Tensor& left, const at::Tensor& right);  // [M, N] bf16

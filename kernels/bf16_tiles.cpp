@@ -1,25 +1,11 @@
 #include "kernels/bf16_tiles.hpp"
 
-#include <immintrin.h>
-
+#include "kernels/bf16_lanes.hpp"
 #include "kernels/instruction_set.hpp"
 
 // Compiled for avx512_bf16 and AMX (see CMakeLists.txt); no templates of the standard library in here.
 namespace shardtune::bf16 {
 namespace {
-
-constexpr std::int64_t kLanes = 16;
-
-// Lanes below `count`.
-__mmask16 lanes_below(std::int64_t count) {
-  return count >= kLanes ? __mmask16{0xFFFF} : count <= 0 ? __mmask16{0} : static_cast<__mmask16>((1U << count) - 1U);
-}
-__m512 load_bf16(const std::uint16_t* from, __mmask16 lanes) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from)), 16));
-}
-void store_bf16(std::uint16_t* into, __mmask16 lanes, __m512 value) {
-  _mm256_mask_storeu_epi16(into, lanes, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
-}
 
 // Which number of two rows (those of the second from index 32 on) goes where when they are paired.
 struct alignas(64) Interleave {
@@ -185,11 +171,12 @@ void transpose_words(const std::uint32_t* from, std::int64_t stride, std::int64_
       transpose_16(from + r * stride + c, stride, into + c * into_stride + r, into_stride);
 }
 
-void store_block(const Sums& sums, std::uint16_t* into, std::int64_t stride) {
+void store_block(const Sums& sums, std::uint16_t* into, std::int64_t stride, float factor) {
+  const __m512 scale = _mm512_set1_ps(factor);
   for (std::int64_t r = 0; r < sums.rows; ++r)
     for (std::int64_t c = 0; c < sums.columns; c += kLanes)
       store_bf16(into + r * stride + c, lanes_below(sums.columns - c),
-                 _mm512_loadu_ps(sums.data + r * sums.stride + c));
+                 _mm512_mul_ps(_mm512_loadu_ps(sums.data + r * sums.stride + c), scale));
 }
 
 void add_block(const Sums& sums, float* into, std::int64_t stride) {

@@ -46,13 +46,13 @@ void pair_rows(const std::uint16_t* from, std::int64_t stride, std::int64_t rows
 void transpose_words(const std::uint32_t* from, std::int64_t stride, std::int64_t rows, std::int64_t columns,
                      std::uint32_t* into, std::int64_t into_stride);
 
-// At most 32 x 32 fp32 numbers of a result.
+// fp32 numbers of a result. Rows are read to the end of their last 16.
 struct Sums {
   const float* data;
   std::int64_t stride, rows, columns;
 };
-// into = sums rounded to bf16. Any alignment.
-void store_block(const Sums& sums, std::uint16_t* into, std::int64_t stride);
+// into = factor times sums, rounded to bf16. Any alignment.
+void store_block(const Sums& sums, std::uint16_t* into, std::int64_t stride, float factor = 1.0F);
 void add_block(const Sums& sums, float* into, std::int64_t stride);  // into += sums
 // into[c] = sum of rows of x[., c], at most 32 columns; fp32 sums of 64 rows, added in order.
 void sum_columns(const std::uint16_t* x, std::int64_t stride, std::int64_t rows, std::int64_t columns,

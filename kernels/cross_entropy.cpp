@@ -100,7 +100,7 @@ void accumulate_weight_grad(const at::Tensor& d_logits, const at::Tensor& hidden
     weight_grad.addmm_(d_logits.t(), hidden);
     return;
   }
-  if (takes_bf16_gemm(d_logits)) return bf16_gemm_add(d_logits.t(), hidden, weight_grad);
+  if (takes_bf16_products(d_logits)) return bf16_gemm_add(d_logits.t(), hidden, weight_grad);
   for (std::int64_t v = 0; v < weight_grad.size(0); v += kWeightBlockRows) {
     const std::int64_t end = std::min(weight_grad.size(0), v + kWeightBlockRows);
     weight_grad.slice(0, v, end).add_(at::mm(d_logits.slice(1, v, end).t(), hidden));

@@ -36,7 +36,7 @@ struct Bf16Linear : torch::autograd::Function<Bf16Linear> {
 }  // namespace
 
 at::Tensor apply_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
-  if (takes_bf16_gemm(x)) return Bf16Linear::apply(x, weight, bias.defined() ? bias : weight, bias.defined());
+  if (takes_bf16_products(x)) return Bf16Linear::apply(x, weight, bias.defined() ? bias : weight, bias.defined());
   if (!bias.defined()) return at::mm(x, weight.t());
   return at::addmm(bias, x, weight.t());
 }
