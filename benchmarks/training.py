@@ -6,8 +6,8 @@ of 1024 tokens of tinyshakespeare a step, bf16 (the Trainer by autocast), AdamW;
 time is the distance between the lines that both sides print when a step ends; the first step does not count. tokens/s counts
 tokens that are not padding. Each repeat runs shardtune and every peer once, in turn; the figure is the ratio of medians over all
 counted steps. Peak memory is ru_maxrss of the process. Losses of all steps are compared where dropout is off.
-Peers: `default` is the Trainer as it comes; `tuned` has malloc keep its memory (MALLOC_MMAP_MAX_=0 and so on) and, for MiniLM,
-group_by_length.
+Peers: `default` is the Trainer as it comes; `tuned` has malloc keep its memory (MALLOC_MMAP_MAX_=0 and so on) and ask
+for huge pages and, for MiniLM, group_by_length.
 """
 import argparse
 import json
@@ -24,7 +24,8 @@ import time
 import common
 
 ROWS, TOKENS, RATE = 4, 1024, 1e-4
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(64 << 20)}
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(64 << 20),
+               "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 GPT2 = {"model_type": "gpt2"}
 LLAMA = {"model_type": "llama", "vocab_size": 50257, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
          "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 1024, "bos_token_id": 50256,

@@ -20,6 +20,17 @@ bool has_fabric() {
   return static_cast<bool>(error);
 }
 
+// Where the system leaves huge pages to those who ask (most distributions), malloc asks. With pages of 4 KiB a matrix product
+// waits for address translation: on a virtual machine it is 1.5 to 2 times as fast with huge ones. glibc 2.35 and later read
+// this while they start; others ignore it. A user's own choice stays.
+void ask_for_huge_pages() {
+  const char* set = std::getenv("GLIBC_TUNABLES");
+  std::string tunables = set == nullptr ? "" : set;
+  if (tunables.find("glibc.malloc.hugetlb") != std::string::npos) return;
+  if (!tunables.empty()) tunables += ':';
+  ::setenv("GLIBC_TUNABLES", (tunables + "glibc.malloc.hugetlb=1").c_str(), 1);
+}
+
 }  // namespace
 
 int main(int /*argc*/, char** argv) {
@@ -31,6 +42,7 @@ int main(int /*argc*/, char** argv) {
   // Without any fabric they have nothing to do. This replaces a value from Open MPI's own files, so it must name ofi as well
   // (Debian's file excludes it).
   if (!has_fabric()) ::setenv("OMPI_MCA_mtl", "^psm,psm2,ofi", 0);
+  ask_for_huge_pages();
   std::error_code error;
   const auto self = std::filesystem::read_symlink("/proc/self/exe", error);
   const std::string program = (self.parent_path() / "libexec" / "shardtune").string();
