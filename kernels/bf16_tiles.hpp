@@ -53,6 +53,8 @@ struct Sums {
 };
 // into = factor times sums, rounded to bf16. Any alignment.
 void store_block(const Sums& sums, std::uint16_t* into, std::int64_t stride, float factor = 1.0F);
+// into = sums + bias[columns], rounded to bf16 once. Any alignment.
+void store_with_bias(const Sums& sums, const std::uint16_t* bias, std::uint16_t* into, std::int64_t stride);
 void add_block(const Sums& sums, float* into, std::int64_t stride);  // into += sums
 // into[c] = sum of rows of x[., c], at most 32 columns; fp32 sums of 64 rows, added in order.
 void sum_columns(const std::uint16_t* x, std::int64_t stride, std::int64_t rows, std::int64_t columns,

@@ -107,6 +107,10 @@ void accumulate_weight_grad(const at::Tensor& d_logits, const at::Tensor& hidden
   }
 }
 
+at::Tensor product(const at::Tensor& left, const at::Tensor& right) {
+  return takes_bf16_products(left) ? bf16_gemm(left, right) : at::mm(left, right);
+}
+
 struct HeadResult {
   double loss = 0;
   at::Tensor hidden_grad, weight_grad;
@@ -132,12 +136,12 @@ HeadResult run_head(const HeadInputs& in, const HeadOptions& options) {
   for (std::int64_t begin = 0; begin < rows.numel(); begin += chunk) {
     const at::Tensor chunk_rows = rows.slice(0, begin, std::min(rows.numel(), begin + chunk));
     const at::Tensor hidden = in.hidden.index_select(0, chunk_rows);
-    at::Tensor logits = at::mm(hidden, in.weight.t());
+    at::Tensor logits = product(hidden, in.weight.t());
     const auto* label = labels.const_data_ptr<std::int64_t>() + begin;
     with_element_type(logits.scalar_type(), [&](auto element) {
       result.loss += softmax_rows<decltype(element)>(logits, label, wants_grad ? &scale : nullptr);
     });
-    if (in.wants_hidden_grad) result.hidden_grad.index_copy_(0, chunk_rows, at::mm(logits, in.weight));
+    if (in.wants_hidden_grad) result.hidden_grad.index_copy_(0, chunk_rows, product(logits, in.weight));
     if (in.wants_weight_grad) accumulate_weight_grad(logits, hidden, result.weight_grad);
   }
   return result;

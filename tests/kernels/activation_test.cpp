@@ -2,6 +2,7 @@
 #include "kernels/activation.hpp"
 
 #include <cmath>
+#include <tuple>
 
 #include <ATen/ATen.h>
 #include <fmt/format.h>
@@ -45,6 +46,30 @@ TEST(Activation, ValuesAndGradientsLieWithinTheRoundingOfFp64) {
                                                     (activation == Activation::tanh ? 1.0 : 0.0) * rounded_output);
         expect_within(gradients(y, seed, {x})[0], gradients(wanted, exact(seed), {exact_x})[0], slack, what + " dx");
       }
+}
+
+TEST(Activation, FarValuesOfGeluSaturateAndNanStays) {
+  for (const Activation activation : {Activation::gelu_erf, Activation::gelu_tanh}) {
+    const at::Tensor x = leaf(at::tensor({-1e30F, -30.0F, 30.0F, 1e30F, std::nanf(""), -0.0F}));
+    const at::Tensor y = activate(x, activation), slope = gradients(y, at::ones({6}), {x})[0];
+    for (const auto& [index, value, derivative] :
+         {std::tuple{0, 0.0F, 0.0F}, {1, 0.0F, 0.0F}, {2, 30.0F, 1.0F}, {3, 1e30F, 1.0F}}) {
+      EXPECT_EQ(y[index].item<float>(), value) << index;
+      EXPECT_EQ(slope[index].item<float>(), derivative) << index;
+    }
+    EXPECT_TRUE(std::isnan(y[4].item<float>()) && std::isnan(slope[4].item<float>()));
+    EXPECT_EQ(slope[5].item<float>(), 0.5F);
+  }
+}
+
+TEST(Activation, ThreadCountChangesNoBitOfGelu) {
+  const at::Tensor given = random_tensor(1, {200003}), seed = random_tensor(2, {200003});
+  expect_same_bits_for_any_thread_count(
+      [&] {
+        const at::Tensor x = leaf(given), y = activate(x, Activation::gelu_tanh);
+        return std::vector<at::Tensor>{y, gradients(y, seed, {x})[0]};
+      },
+      "gelu");
 }
 
 TEST(Activation, HuggingFacesNamesAreKnown) {
