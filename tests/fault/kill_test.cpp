@@ -65,8 +65,8 @@ class Storm {
  private:
   std::string random_options(int num_ranks);
   std::string wanted_phase();
-  std::string strike(Job& job, const SaveWatch& watch, bool& killed_mpirun);
-  void expect_nothing_lost(int newest_before);
+  std::string strike(Job& job, SaveWatch& watch, bool& killed_mpirun);
+  void expect_nothing_lost(const SaveWatch& watch);
 
   const RunOptions options_;
   const std::string expected_;
@@ -100,7 +100,7 @@ std::string Storm::wanted_phase() {
 }
 
 // Kills one process of the job and returns the phase it was killed in; empty when the job ended before.
-std::string Storm::strike(Job& job, const SaveWatch& watch, bool& killed_mpirun) {
+std::string Storm::strike(Job& job, SaveWatch& watch, bool& killed_mpirun) {
   const std::string wanted = wanted_phase();
   if (wanted.empty()) {
     const auto end = Clock::now() + std::chrono::microseconds(random_.next_below(1'500'000));
@@ -122,6 +122,7 @@ std::string Storm::strike(Job& job, const SaveWatch& watch, bool& killed_mpirun)
   // Held still, so that what is seen is what it was killed in.
   stop_process(victim);
   std::string phase = watch.phase();
+  watch.note_committed();
   if (killed_mpirun) {
     ::kill(job.pid(), SIGKILL);
     ::kill(victim, SIGCONT);
@@ -137,11 +138,11 @@ std::string Storm::strike(Job& job, const SaveWatch& watch, bool& killed_mpirun)
   return phase;
 }
 
-void Storm::expect_nothing_lost(int newest_before) {
+// Neither what was there before the start nor what the job had committed when it was struck.
+void Storm::expect_nothing_lost(const SaveWatch& watch) {
+  ASSERT_EQ(watch.loss(), "");
   const std::vector<int> steps = committed_steps(output_dir_);
-  if (newest_before < 0 && steps.empty()) return;
-  ASSERT_FALSE(steps.empty());
-  EXPECT_GE(steps.back(), newest_before) << "a committed checkpoint was lost";
+  if (steps.empty()) return;
   const CommandResult verify = run_command(
       fmt::format("{} checkpoint verify {}/checkpoint-{}", shardtune_binary(), output_dir_.string(), steps.back()));
   ASSERT_EQ(verify.exit_code, 0) << verify.output;
@@ -153,8 +154,7 @@ void Storm::start_once(bool is_to_be_killed) {
   fs::create_directories(output_dir_);
   const int num_ranks = 1 + static_cast<int>(random_.next_below(5));
   const std::string more = random_options(num_ranks);
-  const std::vector<int> before = committed_steps(output_dir_);
-  const SaveWatch watch(output_dir_, kStepsPerLap);
+  SaveWatch watch(output_dir_, kStepsPerLap);
   const fs::path log = output_dir_.string() + ".log";
   ++starts_;
   Job job(train_command(options_, num_ranks, more), log);
@@ -169,7 +169,7 @@ void Storm::start_once(bool is_to_be_killed) {
   ASSERT_TRUE(exit_code.has_value()) << "the job hangs";
   ASSERT_TRUE(*exit_code == 0 || !phase.empty()) << "exit code " << *exit_code << " of " << num_ranks << " ranks, "
                                                  << more << ": " << run_command("cat " + log.string()).output;
-  expect_nothing_lost(before.empty() ? -1 : before.back());
+  expect_nothing_lost(watch);
   if (*exit_code != 0) return;
   EXPECT_EQ(sha256_of(output_dir_ / "model/model.safetensors"), expected_) << "lap " << laps_;
   ++laps_;
@@ -192,6 +192,24 @@ std::string Storm::summary() const {
       kStepsPerLap, kills_in_saves(), slowest_end_);
   for (const auto& [phase, count] : hits_) text += fmt::format("| {} | {} |\n", phase, count);
   return text;
+}
+
+TEST(SaveWatch, SeesTheLossOfWhatWasCommittedAfterTheStart) {
+  const fs::path out = fresh_directory("save_watch");
+  fs::create_directories(out / "checkpoint-10");
+  SaveWatch watch(out, 100);
+  fs::create_directories(out / "checkpoint-12");
+  fs::create_directories(out / "checkpoint-14");
+  watch.note_committed();
+  EXPECT_EQ(watch.loss(), "");
+  fs::remove_all(out / "checkpoint-10");  // as retention does
+  EXPECT_EQ(watch.loss(), "");
+  fs::rename(out / "checkpoint-14", out / "checkpoint-14.partial");
+  EXPECT_EQ(watch.loss(), "checkpoint-14 was committed and is lost; the newest is checkpoint-12");
+  fs::create_directories(out / "checkpoint-16");
+  EXPECT_EQ(watch.loss(), "");
+  fs::remove_all(out);
+  EXPECT_EQ(watch.loss(), "checkpoint-14 was committed and is lost; the newest is none");
 }
 
 TEST(Kill, AnyProcessAtAnyMomentLosesNoCheckpointAndNoBit) {

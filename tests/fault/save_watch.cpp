@@ -84,6 +84,7 @@ SaveWatch::SaveWatch(fs::path output_dir, int last_step)
         const auto steps = committed_steps(output_dir_);
         return steps.empty() ? -1 : steps.back();
       }()),
+      newest_noted_(newest_before_),
       config_before_(modification_time(output_dir_ / "resolved.cfg")) {}
 
 std::string SaveWatch::phase() const {
@@ -109,6 +110,19 @@ std::string SaveWatch::phase() const {
   std::getline(std::ifstream(output_dir_ / "latest") >> std::ws, latest);
   if (newest > newest_before_ && latest != fmt::format("checkpoint-{}", newest)) return kCommitted;
   return newest == last_step_ ? "ending" : "training, no save under way";
+}
+
+void SaveWatch::note_committed() {
+  const std::vector<int> steps = committed_steps(output_dir_);
+  if (!steps.empty()) newest_noted_ = std::max(newest_noted_, steps.back());
+}
+
+std::string SaveWatch::loss() const {
+  const std::vector<int> steps = committed_steps(output_dir_);
+  const int newest = steps.empty() ? -1 : steps.back();
+  if (newest >= newest_noted_) return "";
+  return fmt::format("checkpoint-{} was committed and is lost; the newest is {}", newest_noted_,
+                     newest < 0 ? "none" : fmt::format("checkpoint-{}", newest));
 }
 
 void stop_process(pid_t process) {

@@ -22,11 +22,17 @@ class SaveWatch {
   SaveWatch(std::filesystem::path output_dir, int last_step);
   // One of protocol_steps(), or "starting or resuming", "training, no save under way", "ending".
   std::string phase() const;
+  // Remembers what is committed now. From here on it must not be lost, whoever is killed.
+  void note_committed();
+  // The newest checkpoint that was there at the start or was noted is gone and no newer one is there. Says which; empty
+  // = nothing was lost.
+  std::string loss() const;
 
  private:
   const std::filesystem::path output_dir_;
   const int last_step_;
-  const int newest_before_;                              // -1 = none
+  const int newest_before_;  // -1 = none
+  int newest_noted_;
   const std::filesystem::file_time_type config_before_;  // of resolved.cfg, which is written when training begins
 };
 
