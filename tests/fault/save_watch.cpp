@@ -87,9 +87,10 @@ SaveWatch::SaveWatch(fs::path output_dir, int last_step)
       newest_noted_(newest_before_),
       config_before_(modification_time(output_dir_ / "resolved.cfg")) {}
 
+bool SaveWatch::has_begun() const { return modification_time(output_dir_ / "resolved.cfg") != config_before_; }
+
 std::string SaveWatch::phase() const {
-  // What an earlier job left behind is swept away before the configuration is written.
-  if (modification_time(output_dir_ / "resolved.cfg") == config_before_) return "starting or resuming";
+  if (!has_begun()) return "starting or resuming";
   fs::path partial;
   int newest = -1;
   bool is_deleting = false;

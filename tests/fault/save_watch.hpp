@@ -20,6 +20,8 @@ class SaveWatch {
  public:
   // Before a job is started there. `last_step` is where its run ends.
   SaveWatch(std::filesystem::path output_dir, int last_step);
+  // Training has begun: what an earlier job left behind was swept away.
+  bool has_begun() const;
   // One of protocol_steps(), or "starting or resuming", "training, no save under way", "ending".
   std::string phase() const;
   // Remembers what is committed now. From here on it must not be lost, whoever is killed.

@@ -24,10 +24,20 @@ class Job {
   pid_t pid() const noexcept { return pid_; }
   // Direct children whose program is called `program` (the ranks, for mpirun).
   std::vector<pid_t> children(const std::string& program) const;
+  // Kills the command and every other descendant of this process, wherever they have moved to, and reaps them all. False
+  // when one cannot be killed. Needs adopt_orphans().
+  bool kill_all();
 
  private:
   pid_t pid_ = -1;
   std::optional<int> exit_code_;
 };
+
+// From now on a process below this one whose parent dies becomes a child of this one instead of leaving its sight.
+void adopt_orphans();
+// All processes below `process`, zombies included; parents come before their children.
+std::vector<pid_t> descendants(pid_t process);
+// Reaps the adopted children that have ended. No Job may be running.
+void reap_orphans();
 
 }  // namespace shardtune::testing_support
