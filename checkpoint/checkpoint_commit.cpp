@@ -47,10 +47,9 @@ class ManifestBuilder {
 }  // namespace
 
 void make_partial(const std::filesystem::path& output_dir, const std::filesystem::path& partial) {
+  make_directories_durably(output_dir);
   std::error_code error;
-  const bool is_new = std::filesystem::create_directories(output_dir, error);
-  if (is_new && output_dir.has_parent_path()) fsync_path(output_dir.parent_path());
-  if (!error) std::filesystem::remove_all(partial, error);
+  std::filesystem::remove_all(partial, error);
   if (!error) std::filesystem::create_directory(partial, error);
   if (error) fail(ErrorKind::io, fmt::format("cannot create {}: {}", partial.string(), error.message()));
 }

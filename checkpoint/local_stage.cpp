@@ -54,11 +54,11 @@ void copy_durably(const fs::path& from, const fs::path& to, std::uint64_t size,
 LocalStage::LocalStage(const fs::path& local_dir, const fs::path& output_dir)
     : root_(local_dir /
             fmt::format("shardtune-{}", to_hex(hash_bytes(fs::weakly_canonical(fs::absolute(output_dir)).string())))) {
-  std::error_code error;
-  fs::create_directories(root_, error);
-  if (error)
-    fail(ErrorKind::io,
-         fmt::format("--checkpoint_local_dir = {}: cannot be made: {}", local_dir.string(), error.message()));
+  try {
+    make_directories_durably(root_);
+  } catch (const Error& e) {
+    fail(e.kind(), fmt::format("--checkpoint_local_dir = {}: {}", local_dir.string(), e.what()));
+  }
   if (::access(root_.c_str(), W_OK) != 0)
     fail(ErrorKind::io, fmt::format("--checkpoint_local_dir = {}: not writable by this user; choose another directory",
                                     local_dir.string()));
@@ -78,8 +78,9 @@ void LocalStage::begin(const std::string& file, std::int64_t step, std::int64_t 
     if (!is_whole || old == complete_path(file, committed_step)) remove_quietly(old);
   }
   const fs::path directory = partial(file, step);
+  make_directories_durably(directory.parent_path());
   std::error_code error;
-  fs::create_directories(directory, error);
+  fs::create_directory(directory, error);
   if (error) fail(ErrorKind::io, fmt::format("cannot make {}: {}", directory.string(), error.message()));
 }
 

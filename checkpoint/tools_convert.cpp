@@ -124,9 +124,7 @@ nlohmann::json export_safetensors(const fs::path& checkpoint_dir, const fs::path
     if (fs::exists(model_dir / name))
       fail(ErrorKind::config,
            fmt::format("{} holds a model already ({}); choose another directory", model_dir.string(), name));
-  std::error_code error;
-  fs::create_directories(model_dir, error);
-  if (error) fail(ErrorKind::io, fmt::format("cannot create {}: {}", model_dir.string(), error.message()));
+  make_directories_durably(model_dir);
   const auto files = split_into_files(reader.manifest(), options);
   nlohmann::json names = nlohmann::json::array();
   nlohmann::ordered_json weight_map = nlohmann::ordered_json::object();

@@ -2,6 +2,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <system_error>
 
 #include <fcntl.h>
 #include <fmt/format.h>
@@ -23,6 +24,22 @@ const char* write_advice() {
     case EACCES: case EROFS: case EPERM: return " (choose an --output_dir that this user may write to)";
     default: return "";
   }
+}
+
+// 0, or the error of what could not be made.
+int make_missing(const std::filesystem::path& directory) {
+  std::error_code ignored;
+  if (std::filesystem::is_directory(directory, ignored)) return 0;
+  const std::filesystem::path parent = directory.parent_path();
+  if (!parent.empty() && parent != directory)
+    if (const int code = make_missing(parent)) return code;
+  if (::mkdir(directory.c_str(), 0777) != 0) {
+    const int code = errno;
+    // There now: another process was faster, or the path ends with a slash.
+    return code == EEXIST && std::filesystem::is_directory(directory, ignored) ? 0 : code;
+  }
+  fsync_path(parent.empty() ? std::filesystem::path(".") : parent);
+  return 0;
 }
 
 }  // namespace
@@ -95,6 +112,14 @@ void fsync_path(const std::filesystem::path& path) {
 
 void rename_path(const std::filesystem::path& from, const std::filesystem::path& to) {
   if (::rename(from.c_str(), to.c_str()) != 0) fail_errno(ErrorKind::io, "rename to", to, write_advice());
+}
+
+void make_directories_durably(const std::filesystem::path& directory) {
+  // Something else may stand where one of the upper ones has to be.
+  const int code = make_missing(directory);
+  if (code == 0) return;
+  errno = code == EEXIST ? ENOTDIR : code;
+  fail_errno(ErrorKind::io, "create", directory, write_advice());
 }
 
 }  // namespace shardtune

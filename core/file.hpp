@@ -32,5 +32,8 @@ void write_all(int fd, std::string_view bytes, const std::filesystem::path& file
 void write_file_durably(const std::filesystem::path& file, std::string_view bytes);
 void fsync_path(const std::filesystem::path& file_or_directory);
 void rename_path(const std::filesystem::path& from, const std::filesystem::path& to);
+// The directory and those above it that are missing; each that is made outlives a loss of power (its parent is synced).
+// Nothing happens when it is there. Error{io}.
+void make_directories_durably(const std::filesystem::path& directory);
 
 }  // namespace shardtune

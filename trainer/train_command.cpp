@@ -100,11 +100,14 @@ void TrainRun::prepare_output_dir() {
   const fs::path directory = options_.train.output_dir;
   std::string problem;
   if (world_.rank() == 0) {
-    std::error_code error;
-    fs::create_directories(directory, error);
-    if (error) problem = fmt::format("--output_dir = {}: cannot be created: {}", directory.string(), error.message());
-    else if (::access(directory.c_str(), W_OK) != 0)
-      problem = fmt::format("--output_dir = {}: not writable by this user; choose another directory", directory.string());
+    try {
+      make_directories_durably(directory);
+      if (::access(directory.c_str(), W_OK) != 0)
+        problem =
+            fmt::format("--output_dir = {}: not writable by this user; choose another directory", directory.string());
+    } catch (const Error& e) {
+      problem = fmt::format("--output_dir = {}: {}", directory.string(), e.what());
+    }
   }
   problem = broadcast_string(world_, problem, 0);
   if (!problem.empty()) fail(ErrorKind::io, problem);

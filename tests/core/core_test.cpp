@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/error.hpp"
+#include "core/file.hpp"
 #include "core/handle.hpp"
 #include "core/hash.hpp"
 #include "core/json.hpp"
@@ -66,6 +67,26 @@ TEST(Hash, AFileHashesAsItsBytesWhereverPiecesEnd) {
   }
   std::filesystem::remove(file);
   EXPECT_THROW(hash_file_bytes(file), Error);
+}
+
+TEST(File, DirectoriesAreMadeLevelByLevel) {
+  const std::filesystem::path top = std::filesystem::temp_directory_path() / "shardtune_core_test_directories";
+  std::filesystem::remove_all(top);
+  for (const auto& directory : {top / "a/b/c", top / "a/b/c", top / "a/d/"}) {
+    make_directories_durably(directory);
+    EXPECT_TRUE(std::filesystem::is_directory(directory)) << directory;
+  }
+  std::ofstream(top / "file") << "x";
+  for (const auto& directory : {top / "file", top / "file/a"}) {
+    try {
+      make_directories_durably(directory);
+      ADD_FAILURE() << directory;
+    } catch (const Error& e) {
+      EXPECT_EQ(e.kind(), ErrorKind::io);
+      EXPECT_NE(std::string(e.what()).find(directory.string() + ": Not a directory"), std::string::npos) << e.what();
+    }
+  }
+  std::filesystem::remove_all(top);
 }
 
 TEST(Json, RefusesWhatBrokenFilesHoldAndNamesTheFile) {

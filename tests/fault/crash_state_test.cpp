@@ -24,9 +24,9 @@ namespace fs = std::filesystem;
 // How the saves go to the disk; all that they change lies below `root`.
 struct Way {
   fs::path root;
-  bool is_compressed = false, is_local = false;
+  bool is_compressed = false, is_local = false, is_first = false;
 
-  fs::path out() const { return root / "out"; }
+  fs::path out() const { return root / (is_first ? "new/out" : "out"); }
   fs::path local() const { return is_local ? root / "local" : fs::path(); }
 };
 
@@ -68,21 +68,30 @@ class CrashStates : public testing::Test {
   // Checkpoint 1 is there; the save of checkpoint 2, which then deletes 1, is recorded.
   void record(bool is_compressed, bool is_local) {
     way_.is_compressed = is_compressed, way_.is_local = is_local;
-    const fs::path out = way_.out();
     run_saves(way_, 1, "");
+    record_save_of(2);
+  }
+  // The first save of all, into a directory that is not there yet.
+  void record_first() {
+    way_.is_first = true;
+    fs::create_directories(way_.root);
+    record_save_of(1);
+  }
+  void record_save_of(int step) {
+    old_ = step - 1, new_ = step;
+    const fs::path out = way_.out(), published = out / fmt::format("checkpoint-{}", step);
     fs::copy(way_.root, dir_ / "before", fs::copy_options::recursive);
-    run_saves(way_, 2,
+    run_saves(way_, step,
               fmt::format("SHIM_DIR={} SHIM_LOG={}/log LD_PRELOAD={}", way_.root.string(), dir_.path().string(),
                           std::getenv("SHARDTUNE_IO_SHIM")));
     records_ = read_io_log(dir_ / "log");
     for (std::size_t i = 0; i < records_.size(); ++i) {
-      if (records_[i].operation == IoOperation::rename && records_[i].b == (out / "checkpoint-2").string())
-        published_ = i;
+      if (records_[i].operation == IoOperation::rename && records_[i].b == published.string()) published_ = i;
       if (published_ != 0 && committed_ == 0 && records_[i].operation == IoOperation::sync &&
           records_[i].a == out.string())
         committed_ = i;
     }
-    ASSERT_GT(records_.size(), 60u);
+    ASSERT_GT(records_.size(), 50u);
     ASSERT_GT(committed_, published_);
     ASSERT_GT(published_, 40u);
   }
@@ -103,11 +112,11 @@ class CrashStates : public testing::Test {
         fs::remove_all(way_.root);  // the state lies where the files were: a local disk knows whose it is by the path
         model.write_state(random, way_.root);
         const std::int64_t newest = newest_whole(way_);
-        bool is_kept = newest == 2 || (newest == 1 && done <= committed_);
-        if (newest == 2 && done <= published_) is_kept = false;
+        bool is_kept = newest == new_ || (newest == old_ && done <= committed_);
+        if (newest == new_ && done <= published_) is_kept = false;
         if (way_.is_local) {
           const std::int64_t resumed = newest_for_a_job(way_);
-          is_kept = is_kept && resumed >= newest && resumed <= 2;
+          is_kept = is_kept && resumed >= newest && resumed <= new_;
           ++resumed_[resumed];
         }
         if (!is_kept) ++lost;
@@ -118,22 +127,24 @@ class CrashStates : public testing::Test {
     }
     EXPECT_GE(tried, wanted);
     std::printf("  %d states at %zu moments: %d with the old checkpoint, %d with the new one, %d bad\n", tried,
-                records_.size() + 1, found_[1], found_[2], lost);
-    if (way_.is_local) std::printf("  with the local disk: %d the old one, %d the new one\n", resumed_[1], resumed_[2]);
+                records_.size() + 1, found_[old_], found_[new_], lost);
+    if (way_.is_local)
+      std::printf("  with the local disk: %d the old one, %d the new one\n", resumed_[old_], resumed_[new_]);
     return lost;
   }
   void expect_no_loss(int by_default) {
     const char* wanted = std::getenv("SHARDTUNE_CRASH_STATES");
     EXPECT_EQ(count_losses(wanted != nullptr ? std::atoi(wanted) : by_default, [](const IoRecord&) { return true; }),
               0);
-    EXPECT_GT(found_[1], 100);
-    EXPECT_GT(found_[2], 100);
+    EXPECT_GT(found_[old_], 100);
+    EXPECT_GT(found_[new_], way_.is_first ? 50 : 100);
   }
 
   TempDir dir_;
   Way way_{.root = dir_ / "all"};
   std::vector<IoRecord> records_;
   std::size_t published_ = 0, committed_ = 0;
+  std::int64_t old_ = 0, new_ = 0;  // steps; 0: no checkpoint
   std::map<std::int64_t, int> found_, resumed_;
 };
 
@@ -144,6 +155,11 @@ TEST_F(CrashStates, AlwaysHoldTheOldOrTheNewCheckpoint) {
 
 TEST_F(CrashStates, ACompressedSaveLosesNothing) {
   record(true, false);
+  expect_no_loss(1000);
+}
+
+TEST_F(CrashStates, TheFirstSaveIntoANewDirectoryIsThereOnceItIsCommitted) {
+  record_first();
   expect_no_loss(1000);
 }
 
@@ -162,6 +178,19 @@ TEST_F(CrashStates, AMissingSyncIsSeen) {
     EXPECT_GT(count_losses(1000,
                            [&](const IoRecord& record) {
                              return record.operation != IoOperation::sync || !record.a.ends_with(missing);
+                           }),
+              0)
+        << missing;
+  }
+}
+
+TEST_F(CrashStates, AMissingSyncOfTheNewDirectorysNameIsSeen) {
+  record_first();
+  for (const fs::path& missing : {way_.root, way_.root / "new"}) {
+    found_.clear();
+    EXPECT_GT(count_losses(1000,
+                           [&](const IoRecord& record) {
+                             return record.operation != IoOperation::sync || record.a != missing.string();
                            }),
               0)
         << missing;

@@ -137,6 +137,16 @@ std::vector<std::string> third_party_violations(const SourceFile& file) {
   return found;
 }
 
+std::vector<std::string> durability_violations(const SourceFile& file) {
+  std::vector<std::string> found;
+  if (!file.path.starts_with("checkpoint/") && !file.path.starts_with("trainer/")) return found;
+  for (std::size_t i = 0; i < file.lines.size(); ++i)
+    if (file.lines[i].find("create_directories") != std::string::npos)
+      found.push_back(
+          at(file, i + 1, "create_directories syncs nothing; use make_directories_durably (core/file.hpp)"));
+  return found;
+}
+
 std::vector<std::string> leftover_violations(const SourceFile& file) {
   // In pieces, so that this file does not report itself.
   static const std::regex marker(std::string("\\b(TO") + "DO(?!\\(#\\d+\\))|FIX" + "ME|XX" + "X|HA" + "CK)\\b");

@@ -13,6 +13,8 @@ namespace shardtune::structure {
 std::vector<std::string> layering_violations(const SourceFile& file);
 std::vector<std::string> third_party_violations(const SourceFile& file);
 std::vector<std::string> leftover_violations(const SourceFile& file);
+// A directory that results are written to must outlive a loss of power, its own name included.
+std::vector<std::string> durability_violations(const SourceFile& file);
 
 struct Function {
   std::string head;       // text before the opening brace, blanks collapsed

@@ -73,6 +73,21 @@ TEST(Structure, NothingIsLeftOver) {
   EXPECT_TRUE(found.empty()) << joined(found);
 }
 
+TEST(Structure, OutputDirectoriesAreMadeDurably) {
+  std::vector<std::string> found;
+  for (const SourceFile& file : cpp_files(false)) {
+    for (const std::string& line : durability_violations(file)) found.push_back(line);
+  }
+  EXPECT_TRUE(found.empty()) << joined(found);
+}
+
+TEST(StructureRules, CatchADirectoryThatIsNotMadeDurably) {
+  const std::string line = "fs::create_directories(output_dir);";
+  EXPECT_EQ(durability_violations(make_file("trainer/a.cpp", line)).size(), 1U);
+  EXPECT_EQ(durability_violations(make_file("checkpoint/a.cpp", "int a;\n" + line)).size(), 1U);
+  EXPECT_EQ(durability_violations(make_file("tests/trainer/a.cpp", line)).size(), 0U);
+}
+
 TEST(StructureRules, CatchAnUpwardAndASidewardInclude) {
   const auto violations = [](const std::string& path, const std::string& line) {
     return layering_violations(make_file(path, line)).size();
