@@ -77,8 +77,14 @@ void publish_checkpoint(const std::filesystem::path& partial, const std::filesys
                         const std::string& run_id) {
   if (std::filesystem::exists(final_dir)) {
     if (::renameat2(AT_FDCWD, partial.c_str(), AT_FDCWD, final_dir.c_str(), RENAME_EXCHANGE) == 0) {
-      fsync_path(final_dir.parent_path());
-      reject_checkpoint(partial, run_id);
+      try {
+        fsync_path(final_dir.parent_path());
+        reject_checkpoint(partial, run_id);
+      } catch (const Error&) {
+        // Not committed. The caller deletes the partial directory, which must not be the one that stood here.
+        ::renameat2(AT_FDCWD, partial.c_str(), AT_FDCWD, final_dir.c_str(), RENAME_EXCHANGE);
+        throw;
+      }
       return;
     }
     reject_checkpoint(final_dir, run_id);  // NFS and some others cannot exchange

@@ -4,6 +4,7 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <functional>
 #include <map>
 #include <memory>
@@ -45,6 +46,7 @@ struct Way {
   fs::path root;
   int ranks_per_file = 1;
   bool is_compressed = false, is_local = false;
+  bool has_abandoned = false;  // a checkpoint of the step that is saved is there, of a run that was resumed further back
 
   fs::path out() const { return root / "out"; }
   std::unique_ptr<CheckpointStore> store(Communicator& comm) const {
@@ -108,19 +110,59 @@ std::int64_t resume(const Way& way) {
   return step;
 }
 
+// What must not be missed: whoever goes on after one of these fails has a checkpoint that may not be there after a loss
+// of power. Writes are cut short or interrupted without harm; after a sync nobody relies on what close() says; where names
+// cannot be exchanged they are changed one after the other.
+bool must_be_reported(const std::string& call, int error) {
+  if (call == "write" || call == "pwrite") return error != 0 && error != EINTR;
+  return error != 0 && !call.empty() && call != "close" && call != "renameat2" && call != "unlink" && call != "unlinkat" && call != "rmdir" && call != "remove";
+}
+
+std::string failed_so_far() {
+  char failed[4096];
+  shim_function<IoShimFailed>("io_shim_failed")(failed, sizeof(failed));
+  return failed;
+}
+
+constexpr const char* kMark = "of the abandoned run";
+
+void make_abandoned(const Way& way) {
+  ASSERT_EQ(save(way, 2), "");
+  std::ofstream(way.out() / "checkpoint-2" / kMark) << "x";
+}
+
+// It stands aside, whole, when the save has worked, else where it was.
+void expect_abandoned(const Way& way, bool has_moved) {
+  std::vector<fs::path> found;
+  for (const auto& entry : fs::directory_iterator(way.out()))
+    if (entry.is_directory() && fs::exists(entry.path() / kMark)) found.push_back(entry.path());
+  ASSERT_EQ(found.size(), 1u);
+  EXPECT_EQ(found[0].filename(), has_moved ? "checkpoint-2.rejected-test-run" : "checkpoint-2");
+  EXPECT_TRUE(verify_checkpoint(found[0]).empty());
+  fs::remove_all(found[0]);
+}
+
 // Checkpoint 1 is there, the save of checkpoint 2 meets the fault at its k-th call, 3 is saved after it. Returns false
 // when the save has fewer calls.
 bool try_fault(const Way& way, const Fault& fault, long k, std::map<std::string, std::map<std::string, int>>& ends) {
   const fs::path out = way.out();
+  if (way.has_abandoned) make_abandoned(way);
+  std::string swallowed;  // what had failed when the save committed all the same
+  set_save_phase_hook([&](const char* phase, std::int64_t) {
+    if (std::string_view(phase) == "directory_renamed") swallowed = failed_so_far();
+  });
   shim_function<IoShimArm>("io_shim_arm")(way.root.c_str(), k, fault.error);
   const std::string said = save(way, 2);
   char failed[4096];
   const long num_calls = shim_function<IoShimDisarm>("io_shim_disarm")(failed, sizeof(failed));
+  set_save_phase_hook(nullptr);
   const std::string injected = failed;
   SCOPED_TRACE(fmt::format("{} at call {}: {}", fault.name, k, injected));
   if (injected.empty()) {
     EXPECT_EQ(said, "");
   }
+  EXPECT_FALSE(must_be_reported(swallowed.substr(0, swallowed.find(' ')), fault.error)) << "committed in silence";
+  if (way.has_abandoned) expect_abandoned(way, said.empty());
   if (!said.empty()) {
     EXPECT_TRUE(said.starts_with("saving checkpoint-2 failed on rank ")) << said;
     EXPECT_NE(said.find(std::strerror(fault.error)), std::string::npos) << said;
@@ -159,6 +201,8 @@ void try_every_call(const std::function<void(Way&)>& choose, long default_stride
     EXPECT_TRUE(stride > 1 || ends.contains(call)) << call;
   EXPECT_GT(ends["pwrite"]["went on"], 0);  // a write that is cut short or interrupted is continued
   EXPECT_GT(ends["fsync"]["save failed"], 0);
+  EXPECT_TRUE(stride > 1 || ends.contains("close"));
+  EXPECT_TRUE(stride > 1 || !way.has_abandoned || ends.contains("renameat2"));
 }
 
 TEST(IoFaults, EveryCallOfASaveMayFailOnce) {
@@ -166,6 +210,9 @@ TEST(IoFaults, EveryCallOfASaveMayFailOnce) {
 }
 TEST(IoFaults, EveryCallOfASaveIntoOneSharedFileMayFailOnce) {
   try_every_call([](Way& way) { way.ranks_per_file = 2; });
+}
+TEST(IoFaults, EveryCallOfASaveOverAnAbandonedCheckpointMayFailOnce) {
+  try_every_call([](Way& way) { way.has_abandoned = true; }, 3);
 }
 TEST(IoFaults, EveryCallOfACompressedSaveMayFailOnce) {
   try_every_call([](Way& way) { way.is_compressed = true; }, 5);

@@ -23,8 +23,9 @@ struct IoRecordHeader {
 
 // Functions of io_shim, found by dlsym in a program that runs with it. From arm() on the calls below `directory` are
 // counted, and the k-th (from 1) fails with `error`, or for 0 writes only a part; a call that cannot be short is left
-// alone. disarm() gives the number of calls and "<call> <path>" of the one that failed, or "".
+// alone. failed() gives "<call> <path>" of the one that has failed, or ""; disarm() the same and the number of calls.
 using IoShimArm = void(const char* directory, long k, int error);
+using IoShimFailed = void(char* failed, std::size_t size);
 using IoShimDisarm = long(char* failed, std::size_t size);
 
 }  // namespace shardtune

@@ -153,6 +153,11 @@ void io_shim_arm(const char* directory, long k, int error) {
   state.error = error;
   state.failed.clear();
 }
+void io_shim_failed(char* failed, std::size_t size) {
+  Shim& state = shim();
+  const std::lock_guard lock(state.mutex);
+  std::snprintf(failed, size, "%s", state.failed.c_str());
+}
 long io_shim_disarm(char* failed, std::size_t size) {
   Shim& state = shim();
   const std::lock_guard lock(state.mutex);
@@ -208,6 +213,24 @@ int rename(const char* from, const char* to) {
   static auto* const call = real<int(const char*, const char*)>("rename");
   return static_cast<int>(guarded("rename", IoOperation::rename, absolute(AT_FDCWD, from), absolute(AT_FDCWD, to),
                                   [&] { return call(from, to); }));
+}
+int renameat2(int from_dir, const char* from, int to_dir, const char* to, unsigned flags) {
+  static auto* const call = real<int(int, const char*, int, const char*, unsigned)>("renameat2");
+  if (shim().log_fd >= 0) std::abort();  // the log has no record of an exchange
+  return static_cast<int>(guarded("renameat2", IoOperation::rename, absolute(from_dir, from), absolute(to_dir, to),
+                                  [&] { return call(from_dir, from, to_dir, to, flags); }));
+}
+// Of a file that was written to. As the kernel does, it is closed even when that fails.
+int close(int fd) {
+  static auto* const call = real<int(int)>("close");
+  if ((::fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDONLY) return call(fd);
+  Shim& state = shim();
+  const std::lock_guard lock(state.mutex);
+  const std::string path = path_of(fd);
+  const int result = call(fd);
+  if (!state.watches(path) || !state.must_fail("close", path, false)) return result;
+  errno = state.error;
+  return -1;
 }
 int mkdir(const char* path, mode_t mode) {
   static auto* const call = real<int(const char*, mode_t)>("mkdir");
