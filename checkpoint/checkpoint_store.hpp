@@ -132,6 +132,9 @@ void set_save_phase_hook(SavePhaseHook hook);
 std::vector<CheckpointInfo> list_checkpoints(const std::filesystem::path& output_dir);
 // Every byte of every file against manifest and block tables. Returns problems (empty = good).
 std::vector<std::string> verify_checkpoint(const std::filesystem::path& checkpoint_dir);
+// The files of a model directory that lie beside the shards (configuration, tokenizer, trainer state) have the digests of
+// the manifest. Error{data} naming the first that has not. A directory without manifest.json is no checkpoint and passes.
+void check_side_files(const std::filesystem::path& checkpoint_dir);
 nlohmann::json read_checkpoint_run_state(const std::filesystem::path& checkpoint_dir);  // verified manifest's run state
 
 }  // namespace shardtune

@@ -53,6 +53,15 @@ std::vector<std::string> verify_checkpoint(const std::filesystem::path& checkpoi
   return problems;
 }
 
+void check_side_files(const std::filesystem::path& checkpoint_dir) {
+  if (!std::filesystem::exists(checkpoint_dir / "manifest.json")) return;
+  for (const ManifestFile& file : read_manifest(checkpoint_dir).files) {
+    if (file.has_block_table) continue;
+    if (const std::string problem = verify_file(checkpoint_dir, file); !problem.empty())
+      fail(ErrorKind::data, problem + "; use another checkpoint");
+  }
+}
+
 nlohmann::json read_checkpoint_run_state(const std::filesystem::path& checkpoint_dir) {
   return read_manifest(checkpoint_dir).run;
 }

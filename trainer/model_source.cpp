@@ -44,14 +44,19 @@ ModelSource find_model_source(const ModelOptions& options) {
       fail(ErrorKind::data, fmt::format("--model_name_or_path = {}: a directory is needed, not a file", dir.string()));
     if (!fs::exists(dir / "config.json") && fs::exists(dir / "model" / "config.json")) dir /= "model";
     source.config_file = config_file_of(dir, "model_name_or_path");
+    check_side_files(dir);
     (is_run_checkpoint(dir) ? source.checkpoint_dir : source.weights_dir) = dir;
     source.tokenizer_dir = dir;
   } else {
     source.config_file = config_file_of(options.config_name, "config_name");
+    check_side_files(source.config_file.parent_path());
     if (fs::exists(source.config_file.parent_path() / "tokenizer.json"))
       source.tokenizer_dir = source.config_file.parent_path();
   }
-  if (!options.tokenizer_name.empty()) source.tokenizer_dir = options.tokenizer_name;
+  if (!options.tokenizer_name.empty()) {
+    source.tokenizer_dir = options.tokenizer_name;
+    check_side_files(source.tokenizer_dir);
+  }
   source.config = read_json_file(source.config_file);
   if (!source.config.is_object())
     fail(ErrorKind::data, fmt::format("{}: a JSON object is needed", source.config_file.string()));

@@ -24,7 +24,8 @@ struct ModelSource {
 };
 
 // model_name_or_path may be a Hugging Face directory, a checkpoint-<step>, or an output directory (its exported model/).
-// Error{data} for a missing directory or config.json, saying what was looked for.
+// Error{data} for a missing directory or config.json, saying what was looked for, and for a checkpoint whose
+// configuration or tokenizer are not those that were saved.
 ModelSource find_model_source(const ModelOptions& options);
 
 // Class names the config declares (id2label in index order); empty when it has none.

@@ -1,4 +1,5 @@
 #include <cmath>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 
@@ -11,6 +12,7 @@
 #include "trainer/build.hpp"
 #include "trainer/loss_scaler.hpp"
 #include "trainer/metrics.hpp"
+#include "trainer/model_source.hpp"
 #include "trainer/observer.hpp"
 #include "trainer/precision_check.hpp"
 #include "trainer/run_state.hpp"
@@ -139,6 +141,30 @@ TEST(LoadedModel, ClassesWithoutNamesInTheConfigAreHuggingFacesDefaults) {
   std::ofstream(file) << config;
   const auto world = make_self_communicator();
   EXPECT_EQ(load_for_inference(options, *world).labels, (std::vector<std::string>{"LABEL_0", "LABEL_1", "LABEL_2"}));
+}
+
+// One wrong byte must not become another model without a word.
+TEST(ModelSource, ADamagedConfigurationOrTokenizerOfACheckpointIsRefused) {
+  namespace fs = std::filesystem;
+  const fs::path directory = testing_support::fresh_directory("model_source");
+  const fs::path golden = fs::path(std::getenv("SHARDTUNE_SOURCE_DIR")) / "tests/golden/checkpoint_v1";
+  for (const char* name : {"config.json", "tokenizer.json"}) {
+    const fs::path checkpoint = directory / name;
+    fs::copy(golden, checkpoint);
+    ModelOptions from_checkpoint, from_config, with_tokenizer;
+    from_checkpoint.model_name_or_path = checkpoint.string();
+    from_config.config_name = checkpoint.string();
+    with_tokenizer.config_name = golden.string();
+    with_tokenizer.tokenizer_name = checkpoint.string();
+    for (const ModelOptions& options : {from_checkpoint, from_config, with_tokenizer})
+      EXPECT_NO_THROW(find_model_source(options));
+    std::fstream(checkpoint / name, std::ios::in | std::ios::out).seekp(15) << 'x';
+    for (const ModelOptions& options : {from_checkpoint, from_config, with_tokenizer}) {
+      const std::string said = testing_support::error_of(ErrorKind::data, [&] { find_model_source(options); });
+      EXPECT_NE(said.find((checkpoint / name).string()), std::string::npos) << said;
+    }
+  }
+  fs::remove_all(directory);
 }
 
 }  // namespace
