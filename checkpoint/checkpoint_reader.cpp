@@ -12,6 +12,18 @@
 #include "core/error.hpp"
 
 namespace shardtune {
+namespace {
+
+// A checkpoint of a thousand ranks has a thousand files. What is read in the order of the files needs one of them;
+// tensors that are cut over many are read piece by piece from each in turn.
+constexpr std::size_t kMostOpen = 8;
+
+template <class File>
+std::uint64_t bytes_read_of(const File& file) {
+  return std::visit([](const auto& one) { return one.bytes_read(); }, file);
+}
+
+}  // namespace
 
 CheckpointReader::CheckpointReader(const std::filesystem::path& checkpoint_dir)
     : CheckpointReader(checkpoint_dir, read_manifest(checkpoint_dir)) {}
@@ -29,13 +41,23 @@ const ManifestTensor& CheckpointReader::tensor(const std::string& name, const st
 }
 
 CheckpointReader::File& CheckpointReader::open(std::size_t file) {
-  const auto it = files_.find(file);
-  if (it != files_.end()) return it->second;
+  const auto it = std::find_if(open_.begin(), open_.end(), [&](const OpenFile& open) { return open.index == file; });
+  if (it != open_.end()) {
+    open_.splice(open_.begin(), open_, it);
+    return it->file;
+  }
+  if (open_.size() == kMostOpen) {
+    closed_bytes_read_ += bytes_read_of(open_.back().file);
+    open_.pop_back();
+  }
   const ManifestFile& entry = manifest_.files.at(file);
-  VerifiedFile verified(directory_ / entry.name, entry.size, entry.digest);
-  if (entry.raw_size == 0) return files_.emplace(file, std::move(verified)).first->second;
-  return files_.emplace(file, CompressedFile(directory_ / entry.name, std::move(verified), entry.raw_size))
-      .first->second;
+  const std::filesystem::path path = directory_ / entry.name;
+  VerifiedFile verified(path, entry.size, entry.digest);
+  if (entry.raw_size == 0)
+    open_.push_front({file, std::move(verified)});
+  else
+    open_.push_front({file, CompressedFile(path, std::move(verified), entry.raw_size)});
+  return open_.front().file;
 }
 
 void CheckpointReader::read(const std::vector<Request>& requests) {
@@ -89,8 +111,8 @@ void CheckpointReader::read_in_pieces(const ManifestTensor& tensor, const PieceU
 }
 
 std::uint64_t CheckpointReader::bytes_read() const {
-  std::uint64_t total = 0;
-  for (const auto& [index, file] : files_) total += std::visit([](const auto& one) { return one.bytes_read(); }, file);
+  std::uint64_t total = closed_bytes_read_;
+  for (const OpenFile& open : open_) total += bytes_read_of(open.file);
   return total;
 }
 

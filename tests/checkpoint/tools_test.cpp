@@ -7,6 +7,7 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include <nlohmann/json.hpp>
@@ -65,6 +66,27 @@ TEST(Reshard, AnyNumberOfFilesHoldsTheSameState) {
   }
   EXPECT_NE(error_of(ErrorKind::config, [&] { reshard_checkpoint(original, dir / "to1", 2); }).find("exists already"),
             std::string::npos);
+}
+
+TEST(CheckpointReader, ReadsMoreFilesThanAProcessMayHaveOpen) {
+  TempDir dir;
+  const fs::path original = save_at(dir / "a", 5, 1);
+  const fs::path many = reshard_checkpoint(original, dir / "many", 70);
+  rlimit before{};
+  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
+  const rlimit low{64, before.rlim_max};
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &low), 0);
+  EXPECT_TRUE(diff_checkpoints(original, many)["equal"].get<bool>());
+  CheckpointReader reader(many);
+  std::uint64_t bytes = 0;
+  for (const ManifestTensor& tensor : reader.manifest().tensors) {
+    const at::Tensor whole = at::empty({tensor.numel()}, at::kFloat);
+    reader.read({{&tensor, 0, whole}});
+    bytes += whole.nbytes();
+  }
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &before), 0);
+  EXPECT_EQ(reader.num_open(), 8u);
+  EXPECT_GE(reader.bytes_read(), bytes);
 }
 
 TEST(Reshard, DamageIsRefusedAndLeavesNothing) {
