@@ -9,8 +9,11 @@
 
 #include "checkpoint/checkpoint_commit.hpp"
 #include "checkpoint/checkpoint_directory.hpp"
+#include "checkpoint/checkpoint_store.hpp"
+#include "checkpoint/output_lock.hpp"
 #include "checkpoint/piece_source.hpp"
 #include "core/error.hpp"
+#include "core/file.hpp"
 
 namespace shardtune {
 namespace {
@@ -55,11 +58,13 @@ class OfflineSource : public PieceSource {
 
 }  // namespace
 
-std::filesystem::path write_checkpoint(const std::filesystem::path& output_dir, const OfflineCheckpoint& what,
-                                       const ReadElements& read) {
+std::filesystem::path write_checkpoint(const std::filesystem::path& output_dir, const std::string& purpose,
+                                       const OfflineCheckpoint& what, const ReadElements& read) {
   check_internal(what.num_shards > 0, "write_checkpoint needs a shard");
   const std::filesystem::path partial = partial_path(output_dir, what.step),
                               final_dir = checkpoint_path(output_dir, what.step);
+  make_directories_durably(output_dir);
+  const OutputLock lock(output_dir, purpose, 0);
   if (std::filesystem::exists(final_dir))
     fail(ErrorKind::config, fmt::format("{} exists already; choose another output directory", final_dir.string()));
   const auto no_phase = [](const char*) {};
@@ -74,7 +79,10 @@ std::filesystem::path write_checkpoint(const std::filesystem::path& output_dir, 
     }
     const std::vector<ManifestFile> side_files = write_side_files(partial, what.side_files);
     commit_checkpoint({output_dir, what.step, what.run, side_files, shards, what.num_shards}, no_phase);
-    write_latest(output_dir, what.step);
+    const std::vector<CheckpointInfo> all = list_checkpoints(output_dir);
+    if (std::none_of(all.begin(), all.end(),
+                     [&](const auto& info) { return info.is_committed && info.step > what.step; }))
+      write_latest(output_dir, what.step);
   } catch (...) {
     std::error_code ignored;
     std::filesystem::remove_all(partial, ignored);

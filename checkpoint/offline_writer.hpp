@@ -31,8 +31,10 @@ struct OfflineCheckpoint {
 using ReadElements = std::function<void(std::size_t tensor, std::int64_t offset, const at::Tensor& into)>;
 
 // Writes OUTPUT_DIR/checkpoint-<step>, durable and committed by the protocol of every save, and returns its path.
-// Error{config} when there is one already, Error{io}, and what `read` throws; nothing is left behind then.
-std::filesystem::path write_checkpoint(const std::filesystem::path& output_dir, const OfflineCheckpoint& what,
-                                       const ReadElements& read);
+// `latest` names it unless a newer one is there. Holds the directory's lock as `purpose` ("checkpoint import").
+// Error{config} when there is one already or the directory is in use, Error{io}, and what `read` throws; no checkpoint
+// is left behind then.
+std::filesystem::path write_checkpoint(const std::filesystem::path& output_dir, const std::string& purpose,
+                                       const OfflineCheckpoint& what, const ReadElements& read);
 
 }  // namespace shardtune

@@ -176,10 +176,10 @@ nlohmann::json import_model(const fs::path& model_dir, const fs::path& output_di
             [](const auto& a, const auto& b) { return a.name < b.name; });
   what.run = {
       {"step", 0}, {"run_id", "imported"}, {"imported_from", fs::absolute(model_dir).lexically_normal().string()}};
-  const fs::path written =
-      write_checkpoint(output_dir, what, [&](std::size_t tensor, std::int64_t offset, const at::Tensor& into) {
-        read_safetensors_slice(entries[tensor], offset, into);
-      });
+  const fs::path written = write_checkpoint(output_dir, "checkpoint import", what,
+                                            [&](std::size_t tensor, std::int64_t offset, const at::Tensor& into) {
+                                              read_safetensors_slice(entries[tensor], offset, into);
+                                            });
   nlohmann::json report{{"checkpoint", written.string()},
                         {"tensors", entries.size()},
                         {"skipped", skipped},
@@ -203,9 +203,10 @@ fs::path reshard_checkpoint(const fs::path& checkpoint_dir, const fs::path& outp
                          .side_files = read_side_files(checkpoint_dir, manifest)};
   for (const ManifestTensor& tensor : manifest.tensors)
     what.tensors.push_back({tensor.name, tensor.field, tensor.shape, tensor.dtype});
-  return write_checkpoint(output_dir, what, [&](std::size_t tensor, std::int64_t offset, const at::Tensor& into) {
-    reader.read({{&manifest.tensors[tensor], offset, into}});
-  });
+  return write_checkpoint(output_dir, "checkpoint reshard", what,
+                          [&](std::size_t tensor, std::int64_t offset, const at::Tensor& into) {
+                            reader.read({{&manifest.tensors[tensor], offset, into}});
+                          });
 }
 
 }  // namespace shardtune

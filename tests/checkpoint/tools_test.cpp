@@ -95,7 +95,27 @@ TEST(Reshard, DamageIsRefusedAndLeavesNothing) {
   std::fstream(original / "shard-00001-of-00002.h5", std::ios::in | std::ios::out).seekp(50'000) << "x";
   EXPECT_NE(error_of(ErrorKind::data, [&] { reshard_checkpoint(original, dir / "b", 3); }).find("shard-00001"),
             std::string::npos);
-  EXPECT_TRUE(fs::is_empty(dir / "b"));
+  for (const auto& entry : fs::directory_iterator(dir / "b")) EXPECT_EQ(entry.path().filename(), "shardtune.lock");
+}
+
+// As tools.hpp promises; and a checkpoint of an older step is not the newest.
+TEST(Reshard, ADirectoryInUseIsRefusedAndLatestNeverGoesBack) {
+  TempDir dir;
+  const fs::path five = save_at(dir / "a", 5, 2), four = save_at(dir / "b", 4, 2);
+  {
+    const OutputLock job(dir / "b", "train", 0);
+    const std::string said = error_of(ErrorKind::config, [&] { reshard_checkpoint(five, dir / "b", 1); });
+    EXPECT_NE(said.find("in use by another job (train"), std::string::npos) << said;
+    EXPECT_FALSE(fs::exists(dir / "b/checkpoint-5"));
+    EXPECT_FALSE(fs::exists(dir / "b/checkpoint-5.partial"));
+    export_safetensors(five, dir / "model", {});
+    EXPECT_NE(error_of(ErrorKind::config, [&] { import_model(dir / "model", dir / "b"); }).find("in use"),
+              std::string::npos);
+  }
+  reshard_checkpoint(four, dir / "a", 1);
+  EXPECT_EQ(read_file(dir / "a/latest"), "checkpoint-5\n");
+  reshard_checkpoint(five, dir / "b", 1);
+  EXPECT_EQ(read_file(dir / "b/latest"), "checkpoint-5\n");
 }
 
 TEST(Diff, NamesWhatDiffersAndHowFar) {
