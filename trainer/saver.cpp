@@ -19,7 +19,11 @@ bool Saver::save(const RunState& state, bool is_required) {
   held_up_seconds_ = 0;
   begin_ = last_progress_ = std::chrono::steady_clock::now();
   std::vector<std::int64_t> always_kept;
+  is_best_ = state.best_step == state.step;
+  // Nothing is deleted unless this save is committed. Then it is the best itself, or the best may never have been
+  // saved.
   if (state.best_step >= 0) always_kept.push_back(state.best_step);
+  if (saved_best_step_ >= 0 && !is_best_) always_kept.push_back(saved_best_step_);
   attempt([&] {
     has_failed_ = false;
     store_.begin_save(state.step, make_view_(state), {policy_.keep, always_kept});
@@ -72,7 +76,8 @@ void Saver::attempt(const std::function<void()>& step) {
   held_up_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-void Saver::report(const SaveReport& saved) const {
+void Saver::report(const SaveReport& saved) {
+  if (is_best_) saved_best_step_ = saved.step;
   constexpr double kMib = 1048576.0;
   const double mib = static_cast<double>(saved.bytes) / kMib;
   const std::string drained = saved.drain_seconds > 0 ? fmt::format(", drained in {:.2f} s", saved.drain_seconds) : "";

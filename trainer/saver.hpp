@@ -40,14 +40,21 @@ class Saver {
 
   bool has_failed() const noexcept { return has_failed_; }  // the last save did; the same on all ranks
 
+  // The step of the last best model that was committed, -1 = none: it stays when saving a better one fails. A resumed
+  // run sets it.
+  std::int64_t saved_best_step() const noexcept { return saved_best_step_; }
+  void set_saved_best_step(std::int64_t step) noexcept { saved_best_step_ = step; }
+
  private:
   void attempt(const std::function<void()>& step);
-  void report(const SaveReport& saved) const;
+  void report(const SaveReport& saved);
 
   CheckpointStore& store_;
   SavePolicy policy_;
   MakeView make_view_;
   bool has_failed_ = false;
+  bool is_best_ = false;  // the save under way
+  std::int64_t saved_best_step_ = -1;
   double held_up_seconds_ = 0;  // training, by the save under way
   std::chrono::steady_clock::time_point begin_, last_progress_;  // of the save under way, of what the log says of it
 };

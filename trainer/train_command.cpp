@@ -54,7 +54,8 @@ class TrainRun {
   void decide_identity();
   void load_weights();
   StateView make_view(const RunState& state);
-  void finish();
+  bool has_checkpoint(std::int64_t step);
+  bool finish();
   nlohmann::json environment() const { return describe_environment(options_, describe_reduction(parallel_, world_.size())); }
   nlohmann::json evaluate_now();
   TrainOutcome train();
@@ -88,12 +89,12 @@ int TrainRun::run() {
   build_data_and_model();
   decide_identity();
   load_weights();
+  if (state_.best_step >= 0 && has_checkpoint(state_.best_step)) saver_.set_saved_best_step(state_.best_step);
   const TrainOutcome outcome = train();
   // Without the last checkpoint nobody may rely on this run's end, whatever else has worked.
   const int save_failed = saver_.has_failed() ? exit_code(ErrorKind::io) : 0;
   if (outcome == TrainOutcome::stopped_by_signal) return save_failed != 0 ? save_failed : kExitStoppedBySignal;
-  finish();
-  return save_failed;
+  return finish() ? save_failed : exit_code(ErrorKind::io);
 }
 
 void TrainRun::prepare_output_dir() {
@@ -238,25 +239,42 @@ TrainOutcome TrainRun::train() {
   return trainer.run();
 }
 
-void TrainRun::finish() {
-  const auto has_checkpoint = [&](std::int64_t step) {
-    const auto infos = store_.list();
-    return std::any_of(infos.begin(), infos.end(), [&](const auto& info) { return info.is_committed && info.step == step; });
-  };
-  if (settings_.load_best_model_at_end && state_.best_step >= 0 && state_.best_step != state_.step) {
-    if (!has_checkpoint(state_.best_step))
-      fail(ErrorKind::io, fmt::format("the best model, of step {}, cannot be loaded: saving it failed; the newest checkpoint in {} is "
-                                      "intact and can be continued or exported",
-                                      state_.best_step, options_.train.output_dir));
-    const fs::path best = fs::path(options_.train.output_dir) / fmt::format("checkpoint-{}", state_.best_step);
-    load_checkpoint(store_, best, *engine_, nullptr);
-    log::info("loaded the best model, of step {} ({} = {:.6g})", state_.best_step, settings_.metric_for_best_model, state_.best_metric);
+bool TrainRun::has_checkpoint(std::int64_t step) {
+  const auto infos = store_.list();
+  return std::any_of(infos.begin(), infos.end(),
+                     [&](const auto& info) { return info.is_committed && info.step == step; });
+}
+
+// False when the exported model is not the best one although that was asked for.
+bool TrainRun::finish() {
+  bool is_wanted = true;
+  if (std::int64_t best = state_.best_step; settings_.load_best_model_at_end && best >= 0 && best != state_.step) {
+    if (!has_checkpoint(best)) {
+      is_wanted = false;
+      best = saver_.saved_best_step();
+      if (best < 0 || !has_checkpoint(best))
+        fail(ErrorKind::io,
+             fmt::format(
+                 "the best model, of step {}, cannot be loaded: saving it failed; the newest checkpoint in {} is "
+                 "intact and can be continued or exported",
+                 state_.best_step, options_.train.output_dir));
+      log::error(
+          "the best model, of step {}, cannot be loaded: saving it failed; the best one that was saved, of step {}, is "
+          "exported instead",
+          state_.best_step, best);
+    }
+    load_checkpoint(store_, fs::path(options_.train.output_dir) / fmt::format("checkpoint-{}", best), *engine_,
+                    nullptr);
+    if (is_wanted)
+      log::info("loaded the best model, of step {} ({} = {:.6g})", best, settings_.metric_for_best_model,
+                state_.best_metric);
   }
   const fs::path directory = fs::path(options_.train.output_dir) / "model";
   export_model(world_, *engine_, directory, companion_files(*model_, source_));
   log::info("trained {} steps, mean loss {:.4f}; model in Hugging Face layout: {}; peak memory {} MiB on rank 0", state_.step,
             state_.step > 0 ? state_.loss_sum / static_cast<double>(state_.step) : 0.0, directory.string(),
             peak_resident_bytes() >> 20);
+  return is_wanted;
 }
 
 }  // namespace

@@ -10,14 +10,18 @@
 #include <ATen/Parallel.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
 
 #include "checkpoint/checkpoint_reader.hpp"
 #include "checkpoint/checkpoint_store.hpp"
+#include "checkpoint/safetensors.hpp"
+#include "checkpoint/tools.hpp"
 #include "core/error.hpp"
 #include "core/hash.hpp"
 #include "distributed/comm/thread_group.hpp"
 #include "tests/support/tiny_run.hpp"
 #include "trainer/commands.hpp"
+#include "trainer/saver.hpp"
 
 namespace shardtune {
 namespace {
@@ -177,6 +181,74 @@ TEST(FailedSave, EndsTheRunWhereAskedTo) {
   }
   set_save_phase_hook(nullptr);
   EXPECT_EQ(list_checkpoints(options.train.output_dir).front().step, 2);
+  std::filesystem::remove_all(directory);
+}
+
+std::vector<std::int64_t> steps_in(const std::string& output_dir) {
+  std::vector<std::int64_t> steps;
+  for (const CheckpointInfo& info : list_checkpoints(output_dir)) steps.push_back(info.step);
+  return steps;
+}
+
+TEST(FailedSave, OfABetterModelLeavesTheBestOneThatWasSaved) {
+  const auto directory = fresh_directory("failed_best_unit");
+  const auto comm = make_self_communicator();
+  CheckpointStore store(directory, *comm);
+  const at::Tensor weight = at::zeros({5});
+  Saver saver(store, {.in_background = false, .keep = 1}, [&](const RunState& state) {
+    StateView view;
+    view.slices.push_back({"w", "value", {5}, 0, weight});
+    view.run = {{"step", state.step}};
+    return view;
+  });
+  const auto save = [&](std::int64_t step, std::int64_t best_step) {
+    RunState state;
+    state.step = step, state.best_step = best_step;
+    saver.save(state, true);
+    return steps_in(directory.string());
+  };
+  using Steps = std::vector<std::int64_t>;
+  EXPECT_EQ(save(2, 2), (Steps{2}));
+  fail_save_of(4);
+  EXPECT_EQ(save(4, 4), (Steps{2}));
+  set_save_phase_hook(nullptr);
+  EXPECT_EQ(save(6, 4), (Steps{6, 2}));
+  EXPECT_EQ(save(8, 4), (Steps{8, 2}));
+  EXPECT_EQ(saver.saved_best_step(), 2);
+  EXPECT_EQ(save(10, 10), (Steps{10}));
+  EXPECT_EQ(save(12, 10), (Steps{12, 10}));
+  std::filesystem::remove_all(directory);
+}
+
+// The evaluations get better from step to step, and only the first best model can be saved.
+TEST(FailedSave, OfTheBestModelExportsTheBestOneThatWasSavedAndIsExitCode4) {
+  const auto directory = fresh_directory("failed_best");
+  RunOptions options = save_often(directory);
+  options.train.learning_rate = 1e-3;
+  options.train.eval_strategy = Interval::steps;
+  options.train.eval_steps = 2;
+  options.train.load_best_model_at_end = true;
+  options.train.metric_for_best_model = "eval_loss";
+  options.train.save_total_limit = 1;
+  set_save_phase_hook([](const char* phase, std::int64_t step) {
+    if (step > 2 && step < 9 && std::string_view(phase) == "shard_created") fail(ErrorKind::io, "injected");
+  });
+  EXPECT_EQ(train(options, 2), exit_code(ErrorKind::io));
+  set_save_phase_hook(nullptr);
+  EXPECT_EQ(steps_in(options.train.output_dir), (std::vector<std::int64_t>{9, 2}));
+  const std::filesystem::path out = options.train.output_dir;
+  std::ifstream state(out / "checkpoint-9/trainer_state.json");
+  ASSERT_GT(nlohmann::json::parse(state)["best_global_step"].get<int>(), 2) << "the test tests nothing";
+  export_safetensors(out / "checkpoint-2", directory / "expected", {});
+  std::map<std::string, std::uint64_t> hashes[2];
+  for (const int i : {0, 1})
+    for (const auto& [name, entry] : read_model_headers(i == 0 ? directory / "expected" : out / "model")) {
+      const at::Tensor data = at::empty(entry.shape, at::kFloat);
+      read_safetensors_slice(entry, 0, data.view({-1}));
+      hashes[i][name] = hash_bytes(data.data_ptr(), data.nbytes());
+    }
+  EXPECT_GT(hashes[0].size(), 20u);
+  EXPECT_EQ(hashes[0], hashes[1]);
   std::filesystem::remove_all(directory);
 }
 
