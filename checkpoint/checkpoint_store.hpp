@@ -89,7 +89,8 @@ class CheckpointStore {
   // Collective (rank 0 reads the directory and shares the result): newest first.
   std::vector<CheckpointInfo> list();
   // Collective. Newest checkpoint that verifies fully; those skipped are logged with the reason. Empty path = none.
-  // Finishes the drain of a newer one first that the nodes' local disks hold whole.
+  // Finishes the drain of a newer one first that the nodes' local disks hold whole; Error{io} when only that cannot be
+  // written.
   std::filesystem::path newest_usable();
   // Collective, at resume: stale *.partial directories are removed, rejected and abandoned checkpoints (step > resumed
   // step) are renamed to *.rejected-<run id>; local disks are cleared.

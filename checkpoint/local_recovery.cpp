@@ -11,6 +11,7 @@
 #include "checkpoint/checkpoint_commit.hpp"
 #include "checkpoint/checkpoint_directory.hpp"
 #include "checkpoint/checkpoint_store.hpp"
+#include "checkpoint/checkpoint_verify.hpp"
 #include "checkpoint/local_stage.hpp"
 #include "core/error.hpp"
 #include "core/hash.hpp"
@@ -101,13 +102,18 @@ void CheckpointStore::finish_interrupted_drain() {
   }
 }
 
-// Collective. False, with a warning, when the local copy cannot be used.
+// Collective. False, with a warning, when the local copy is damaged. When it is whole and only cannot be written to the
+// output directory now, that is Error{io}: going on without it would lose it for a disk that is full for a minute.
 bool CheckpointStore::drain_and_publish(std::int64_t step, const std::string& manifest_text,
                                         const std::vector<std::pair<std::filesystem::path, ManifestFile>>& to_drain) {
   const std::string what = fmt::format("draining checkpoint-{} from the local disks", step);
   const std::filesystem::path partial = partial_path(output_dir_, step);
   const bool is_root = communicator_.rank() == 0;
   try {
+    run_agreed(communicator_, what, [&] {
+      for (const auto& [directory, file] : to_drain)
+        if (const std::string problem = verify_file(directory, file); !problem.empty()) fail(ErrorKind::data, problem);
+    });
     run_agreed(communicator_, what, [&] {
       if (is_root) make_partial(output_dir_, partial);
     });
@@ -123,7 +129,12 @@ bool CheckpointStore::drain_and_publish(std::int64_t step, const std::string& ma
     return true;
   } catch (const Error& e) {
     remove_partial(e, step);
-    if (e.kind() == ErrorKind::comm || e.kind() == ErrorKind::internal) throw;
+    if (e.kind() == ErrorKind::io)
+      fail(ErrorKind::io,
+           fmt::format("{}; the copy on the local disks is whole and stays: start again when {} can be written "
+                       "to, or leave --checkpoint_local_dir out to go on from an older checkpoint",
+                       e.what(), output_dir_.string()));
+    if (e.kind() != ErrorKind::data) throw;
     log::warn("{}; an older checkpoint is taken", e.what());
     return false;
   }

@@ -2,6 +2,9 @@
 // dies before that.
 #include "checkpoint/local_stage.hpp"
 
+#include <sys/resource.h>
+
+#include <csignal>
 #include <fstream>
 #include <mutex>
 #include <set>
@@ -15,6 +18,7 @@
 #include "distributed/comm/thread_group.hpp"
 #include "tests/checkpoint/temp_dir.hpp"
 #include "tests/checkpoint/test_state.hpp"
+#include "tests/support/error_of.hpp"
 
 namespace shardtune {
 namespace {
@@ -165,6 +169,27 @@ TEST(LocalStage, AnIncompleteOrDamagedLocalCopyIsLeftOut) {
     EXPECT_EQ(committed_steps(place.out), std::vector<std::int64_t>{1});
     EXPECT_FALSE(fs::exists(place.out / "checkpoint-2.partial"));
   }
+}
+
+// A shared disk that is full for a minute must not cost the newest whole copy there is.
+TEST(LocalStage, AWholeCopyThatCannotBeDrainedNowStaysForTheNextStart) {
+  TempDir dir;
+  const Place place{dir / "out", dir / "local"};
+  save_at(place, 1, 2);
+  die_before_drain(place, 2, 2);
+  const std::size_t num_local = files_below(place.local).size();
+  std::signal(SIGXFSZ, SIG_IGN);
+  rlimit before{};
+  ASSERT_EQ(::getrlimit(RLIMIT_FSIZE, &before), 0);
+  const rlimit low{50'000, before.rlim_max};
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &low), 0);
+  const std::string said = testing_support::error_of(ErrorKind::io, [&] { resume_at(place, 3); });
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &before), 0);
+  EXPECT_NE(said.find("File too large"), std::string::npos) << said;
+  EXPECT_NE(said.find("the copy on the local disks is whole and stays"), std::string::npos) << said;
+  EXPECT_EQ(files_below(place.local).size(), num_local);
+  EXPECT_EQ(committed_steps(place.out), std::vector<std::int64_t>{1});
+  EXPECT_EQ(resume_at(place, 3), 2);
 }
 
 TEST(LocalStage, AnotherRunsLocalCopyIsLeftOut) {
