@@ -18,12 +18,13 @@ BackgroundWorker::~BackgroundWorker() {
 }
 
 void BackgroundWorker::start(std::function<void()> job) {
+  // First: when the system has no thread left this throws, and nobody may wait for a job that will never run.
+  if (!thread_.joinable()) thread_ = std::thread([this] { loop(); });
   {
     const std::lock_guard lock(mutex_);
     check_internal(!job_ && !error_, "BackgroundWorker::start: the last job has not been collected");
     job_ = std::move(job);
   }
-  if (!thread_.joinable()) thread_ = std::thread([this] { loop(); });
   changed_.notify_all();
 }
 

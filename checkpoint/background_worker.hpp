@@ -15,7 +15,8 @@ class BackgroundWorker {
   BackgroundWorker(const BackgroundWorker&) = delete;
   BackgroundWorker& operator=(const BackgroundWorker&) = delete;
 
-  // All of these are for one owner thread. start(): no job may be running or uncollected.
+  // All of these are for one owner thread. start(): no job may be running or uncollected; std::system_error when there is
+  // no thread to be had, and then there is no job.
   void start(std::function<void()> job);
   bool is_running() const;
   void wait();     // until the job has ended; returns at once without one

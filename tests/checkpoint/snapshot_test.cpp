@@ -2,11 +2,15 @@
 #include <atomic>
 #include <cstring>
 #include <random>
+#include <system_error>
 #include <thread>
+
+#include <pthread.h>
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include "checkpoint/background_worker.hpp"
 #include "checkpoint/checkpoint_store.hpp"
 #include "checkpoint/snapshot.hpp"
 #include "core/error.hpp"
@@ -198,6 +202,23 @@ TEST(BackgroundSave, AStoreThatIsDestroyedGivesUpItsSave) {
     store.begin_save(1, expected_state(tensors, 1, comm.rank(), comm.size()), {});
   });
   EXPECT_FALSE(std::filesystem::exists(dir / "checkpoint-1"));
+}
+
+TEST(BackgroundWorker, WithoutAThreadThereIsNoJobToWaitFor) {
+  pthread_attr_t usual, absurd;
+  ASSERT_EQ(pthread_getattr_default_np(&usual), 0);
+  ASSERT_EQ(pthread_attr_init(&absurd), 0);
+  ASSERT_EQ(pthread_attr_setstacksize(&absurd, std::size_t{1} << 47), 0);  // more than there are addresses
+  BackgroundWorker worker;
+  int runs = 0;
+  ASSERT_EQ(pthread_setattr_default_np(&absurd), 0);
+  EXPECT_THROW(worker.start([&] { ++runs; }), std::system_error);
+  ASSERT_EQ(pthread_setattr_default_np(&usual), 0);
+  EXPECT_FALSE(worker.is_running());
+  worker.wait();
+  worker.start([&] { ++runs; });
+  worker.collect();
+  EXPECT_EQ(runs, 1);
 }
 
 }  // namespace
