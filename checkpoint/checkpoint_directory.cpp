@@ -116,7 +116,8 @@ void prune_checkpoints(const std::filesystem::path& output_dir, std::int64_t ste
     if (info.step == step ||
         std::find(protected_steps.begin(), protected_steps.end(), info.step) != protected_steps.end())
       continue;
-    if (is_being_read(info.directory)) {
+    const std::optional<UniqueFd> lock = lock_for_deleting(info.directory);
+    if (!lock) {
       log::info("{} is being read and stays for now", info.directory.string());
       continue;
     }

@@ -4,6 +4,7 @@
 
 #include "checkpoint/block_table.hpp"
 #include "checkpoint/checkpoint_store.hpp"
+#include "checkpoint/output_lock.hpp"
 #include "core/error.hpp"
 #include "core/file.hpp"
 
@@ -43,6 +44,7 @@ std::string verify_file(const std::filesystem::path& checkpoint_dir, const Manif
 
 std::vector<std::string> verify_checkpoint(const std::filesystem::path& checkpoint_dir) {
   std::vector<std::string> problems;
+  const UniqueFd lock = lock_for_reading(checkpoint_dir);  // retention must not delete what is found damaged for that
   try {
     for (const ManifestFile& file : read_manifest(checkpoint_dir).files)
       if (std::string problem = verify_file(checkpoint_dir, file); !problem.empty())

@@ -68,9 +68,10 @@ UniqueFd lock_for_reading(const std::filesystem::path& checkpoint_dir) {
   return fd;
 }
 
-bool is_being_read(const std::filesystem::path& checkpoint_dir) {
-  const UniqueFd fd(::open((checkpoint_dir / "manifest.json").c_str(), O_RDONLY | O_CLOEXEC));
-  return fd && try_lock(fd.get(), LOCK_EX) == Attempt::busy;
+std::optional<UniqueFd> lock_for_deleting(const std::filesystem::path& checkpoint_dir) {
+  UniqueFd fd(::open((checkpoint_dir / "manifest.json").c_str(), O_RDONLY | O_CLOEXEC));
+  if (fd && try_lock(fd.get(), LOCK_EX) == Attempt::busy) return std::nullopt;
+  return fd;
 }
 
 }  // namespace shardtune

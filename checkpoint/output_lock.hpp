@@ -3,6 +3,7 @@
 // their holder ends, however it ends, so a crash leaves none behind. Where a file system has no such locks, a warning
 // says so.
 #include <filesystem>
+#include <optional>
 #include <string>
 
 #include "core/file.hpp"
@@ -23,6 +24,8 @@ class OutputLock {
 
 // Readers of a checkpoint share a lock on its manifest; who wants to delete it needs the lock alone.
 UniqueFd lock_for_reading(const std::filesystem::path& checkpoint_dir);  // blocks for moments only; null without locks
-bool is_being_read(const std::filesystem::path& checkpoint_dir);
+// Nothing while the checkpoint is being read. Else what keeps readers out until it is destroyed: hold it until the
+// checkpoint is gone. Null without locks.
+std::optional<UniqueFd> lock_for_deleting(const std::filesystem::path& checkpoint_dir);
 
 }  // namespace shardtune

@@ -3,11 +3,15 @@
 #include <cstring>
 
 #include <fstream>
+#include <optional>
+#include <thread>
 
 #include <ATen/ATen.h>
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include <nlohmann/json.hpp>
@@ -333,6 +337,39 @@ TEST(OutputLock, IsReleasedWhenItsHolderIsKilled) {
   ::kill(child, SIGKILL);
   const OutputLock next(dir.path(), "train", 10);  // without waiting for the child: patience must suffice
   ::waitpid(child, nullptr, 0);
+}
+
+TEST(ReaderLock, KeepsDeletersOutAndTheyKeepReadersOut) {
+  TempDir dir;
+  const fs::path checkpoint = save_at(dir.path(), 5, 1);
+  {
+    const UniqueFd reader = lock_for_reading(checkpoint), another = lock_for_reading(checkpoint);
+    EXPECT_TRUE(reader && another);
+    EXPECT_FALSE(lock_for_deleting(checkpoint).has_value());
+  }
+  const std::optional<UniqueFd> deleter = lock_for_deleting(checkpoint);
+  ASSERT_TRUE(deleter.has_value());
+  fs::rename(checkpoint, dir / "checkpoint-5.deleting");  // under its new name as well
+  EXPECT_FALSE(lock_for_reading(dir / "checkpoint-5.deleting"));
+}
+
+// The verification stands still where it opens the second named pipe; nobody may delete what it reads meanwhile.
+TEST(ReaderLock, VerificationHoldsIt) {
+  TempDir dir;
+  const fs::path checkpoint = save_at(dir.path(), 5, 1);
+  for (const char* pipe : {"config.json", "tokenizer.json"}) {
+    fs::remove(checkpoint / pipe);
+    ASSERT_EQ(::mkfifo((checkpoint / pipe).c_str(), 0600), 0);
+  }
+  std::vector<std::string> problems;
+  std::thread verification([&] { problems = verify_checkpoint(checkpoint); });
+  // Each returns when the other end is opened.
+  const UniqueFd first(::open((checkpoint / "config.json").c_str(), O_WRONLY));
+  EXPECT_FALSE(lock_for_deleting(checkpoint).has_value());
+  const UniqueFd second(::open((checkpoint / "tokenizer.json").c_str(), O_WRONLY));
+  verification.join();
+  EXPECT_EQ(problems.size(), 2u);
+  EXPECT_TRUE(lock_for_deleting(checkpoint).has_value());
 }
 
 }  // namespace
