@@ -156,6 +156,7 @@ std::vector<CheckpointInfo> list_checkpoints(const std::filesystem::path& output
       info.is_committed = true;
     } catch (const Error& e) {
       info.problem = e.what();
+      info.is_unreadable = e.kind() == ErrorKind::io;
     }
     found.push_back(std::move(info));
   }

@@ -71,8 +71,9 @@ void refuse_unused_tensors(Communicator& communicator, const std::filesystem::pa
   }
 }
 
-// Collective: the ranks share the reading of the files; whoever finds damage tells all. Empty = good.
-std::string verify_together(Communicator& communicator, const std::filesystem::path& directory) {
+// Collective: the ranks share the reading of the files; whoever finds damage tells all. What one cannot read is no
+// damage.
+Verdict verify_together(Communicator& communicator, const std::filesystem::path& directory) {
   const std::filesystem::path manifest_file = directory / "manifest.json";
   std::string text;
   try {
@@ -83,18 +84,21 @@ std::string verify_together(Communicator& communicator, const std::filesystem::p
     });
   } catch (const Error& e) {
     if (e.kind() == ErrorKind::comm) throw;
-    return e.what();
+    return {e.what(), e.kind() == ErrorKind::io};
   }
   const Manifest manifest = parse_manifest(broadcast_string(communicator, text, 0), manifest_file);
   if (communicator.rank() != 0) wait_for_files(directory, manifest);
-  std::string mine;
+  Verdict mine;
   const auto num_ranks = static_cast<std::size_t>(communicator.size());
-  for (auto i = static_cast<std::size_t>(communicator.rank()); i < manifest.files.size() && mine.empty();
+  for (auto i = static_cast<std::size_t>(communicator.rank()); i < manifest.files.size() && mine.problem.empty();
        i += num_ranks)
     mine = verify_file(directory, manifest.files[i]);
-  for (const std::string& found : all_gather_strings(communicator, mine))
-    if (!found.empty()) return found;
-  return "";
+  Verdict of_all;
+  for (const std::string& found : all_gather_strings(communicator, (mine.is_unreadable ? "?" : "!") + mine.problem)) {
+    if (found.size() == 1 || (!of_all.problem.empty() && (found[0] == '?' || !of_all.is_unreadable))) continue;
+    of_all = {found.substr(1), found[0] == '?'};
+  }
+  return of_all;
 }
 
 }  // namespace
@@ -124,24 +128,32 @@ std::vector<CheckpointInfo> CheckpointStore::list() {
   run_agreed(communicator_, "listing " + output_dir_.string(), [&] {
     if (communicator_.rank() != 0) return;
     for (const CheckpointInfo& info : list_checkpoints(output_dir_))
-      shared.push_back({info.step, info.directory.string(), info.is_committed, info.problem});
+      shared.push_back({info.step, info.directory.string(), info.is_committed, info.problem, info.is_unreadable});
   });
   using ErrorHandler = nlohmann::json::error_handler_t;
   const auto list =
       nlohmann::json::parse(broadcast_string(communicator_, shared.dump(-1, ' ', false, ErrorHandler::replace), 0));
   std::vector<CheckpointInfo> infos;
-  for (const auto& info : list) infos.push_back({info[0], info[1].get<std::string>(), info[2], info[3]});
+  for (const auto& info : list) infos.push_back({info[0], info[1].get<std::string>(), info[2], info[3], info[4]});
   return infos;
 }
 
 std::filesystem::path CheckpointStore::newest_usable() {
   finish_interrupted_drain();
+  unreadable_.clear();
+  std::string last_problem;
   for (const CheckpointInfo& info : list()) {
-    std::string problem = info.problem;
-    if (info.is_committed) problem = verify_together(communicator_, info.directory);
-    if (problem.empty()) return info.directory;
-    log::warn("checkpoint-{} is skipped: {}", info.step, problem);
+    Verdict verdict{info.problem, info.is_unreadable};
+    if (info.is_committed) verdict = verify_together(communicator_, info.directory);
+    if (verdict.problem.empty()) return info.directory;
+    log::warn("checkpoint-{} is skipped: {}", info.step, verdict.problem);
+    if (verdict.is_unreadable) unreadable_.insert(info.step), last_problem = verdict.problem;
   }
+  if (!unreadable_.empty())
+    fail(ErrorKind::io,
+         fmt::format("{} holds checkpoints that cannot be read now ({}) and none that can; start again when the "
+                     "cause is mended, or choose another --output_dir",
+                     output_dir_.string(), last_problem));
   return {};
 }
 
@@ -150,8 +162,13 @@ void CheckpointStore::prepare_resume(std::int64_t resumed_step, const std::strin
     if (local_) local_->clear();
     if (communicator_.rank() != 0) return;
     remove_stale_directories(output_dir_);
-    for (const CheckpointInfo& info : list_checkpoints(output_dir_))
-      if (info.step > resumed_step) reject_checkpoint(info.directory, run_id);
+    for (const CheckpointInfo& info : list_checkpoints(output_dir_)) {
+      if (info.step <= resumed_step) continue;
+      if (unreadable_.contains(info.step))
+        log::warn("checkpoint-{} stays: it could not be read, which may pass", info.step);
+      else
+        reject_checkpoint(info.directory, run_id);
+    }
     std::error_code ignored;
     if (std::filesystem::exists(output_dir_, ignored)) fsync_path(output_dir_);
   });

@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -27,6 +28,7 @@ struct CheckpointInfo {
   std::filesystem::path directory;
   bool is_committed = false;  // has a manifest that parses and whose own checksum holds
   std::string problem;        // why it is not usable, empty when it is
+  bool is_unreadable = false;  // the system refused to read the manifest: nobody knows whether it is usable
 };
 
 // Which checkpoints a save leaves behind.
@@ -89,11 +91,13 @@ class CheckpointStore {
   // Collective (rank 0 reads the directory and shares the result): newest first.
   std::vector<CheckpointInfo> list();
   // Collective. Newest checkpoint that verifies fully; those skipped are logged with the reason. Empty path = none.
+  // Error{io} when there is none but some that could not be read.
   // Finishes the drain of a newer one first that the nodes' local disks hold whole; Error{io} when only that cannot be
   // written.
   std::filesystem::path newest_usable();
-  // Collective, at resume: stale *.partial directories are removed, rejected and abandoned checkpoints (step > resumed
-  // step) are renamed to *.rejected-<run id>; local disks are cleared.
+  // Collective, at resume: stale *.partial directories are removed, damaged and abandoned checkpoints (step > resumed
+  // step) are renamed to *.rejected-<run id>, but not those that newest_usable() could not read; local disks are
+  // cleared.
   void prepare_resume(std::int64_t resumed_step, const std::string& run_id);
 
  private:
@@ -121,6 +125,7 @@ class CheckpointStore {
   std::unique_ptr<LocalStage> local_;
   bool is_compressed_ = false;
   std::int64_t committed_step_ = -1;  // of the last save of this store
+  std::set<std::int64_t> unreadable_;  // steps that newest_usable() has left out for what may pass; equal on all ranks
   std::unique_ptr<RunningSave> save_;
   BackgroundWorker worker_;  // last: its job uses the members above
 };

@@ -21,7 +21,7 @@ std::string damaged_range(const BlockTable& actual, const BlockTable& stored) {
 
 }  // namespace
 
-std::string verify_file(const std::filesystem::path& checkpoint_dir, const ManifestFile& file) {
+Verdict verify_file(const std::filesystem::path& checkpoint_dir, const ManifestFile& file) {
   const std::filesystem::path path = checkpoint_dir / file.name;
   try {
     const BlockTable actual = hash_file(path);
@@ -30,15 +30,15 @@ std::string verify_file(const std::filesystem::path& checkpoint_dir, const Manif
       const std::filesystem::path table = block_table_path(path);
       const std::string bytes = read_file(table);
       stored = parse_block_table(bytes, table);
-      if (stored.digest() != file.digest) return fmt::format("{} belongs to another checkpoint", table.string());
+      if (stored.digest() != file.digest) return {fmt::format("{} belongs to another checkpoint", table.string())};
     }
     if (actual.file_bytes != file.size)
-      return fmt::format("{} has {} bytes instead of {}", path.string(), actual.file_bytes, file.size);
+      return {fmt::format("{} has {} bytes instead of {}", path.string(), actual.file_bytes, file.size)};
     if (actual.digest() != file.digest)
-      return fmt::format("{} is damaged{}", path.string(), damaged_range(actual, stored));
-    return "";
+      return {fmt::format("{} is damaged{}", path.string(), damaged_range(actual, stored))};
+    return {};
   } catch (const Error& e) {
-    return e.what();
+    return {e.what(), e.kind() == ErrorKind::io};
   }
 }
 
@@ -47,8 +47,8 @@ std::vector<std::string> verify_checkpoint(const std::filesystem::path& checkpoi
   const UniqueFd lock = lock_for_reading(checkpoint_dir);  // retention must not delete what is found damaged for that
   try {
     for (const ManifestFile& file : read_manifest(checkpoint_dir).files)
-      if (std::string problem = verify_file(checkpoint_dir, file); !problem.empty())
-        problems.push_back(std::move(problem));
+      if (Verdict verdict = verify_file(checkpoint_dir, file); !verdict.problem.empty())
+        problems.push_back(std::move(verdict.problem));
   } catch (const Error& e) {
     problems.emplace_back(e.what());
   }
@@ -59,8 +59,9 @@ void check_side_files(const std::filesystem::path& checkpoint_dir) {
   if (!std::filesystem::exists(checkpoint_dir / "manifest.json")) return;
   for (const ManifestFile& file : read_manifest(checkpoint_dir).files) {
     if (file.has_block_table) continue;
-    if (const std::string problem = verify_file(checkpoint_dir, file); !problem.empty())
-      fail(ErrorKind::data, problem + "; use another checkpoint");
+    const Verdict verdict = verify_file(checkpoint_dir, file);
+    if (verdict.is_unreadable) fail(ErrorKind::io, verdict.problem);
+    if (!verdict.problem.empty()) fail(ErrorKind::data, verdict.problem + "; use another checkpoint");
   }
 }
 

@@ -112,7 +112,8 @@ bool CheckpointStore::drain_and_publish(std::int64_t step, const std::string& ma
   try {
     run_agreed(communicator_, what, [&] {
       for (const auto& [directory, file] : to_drain)
-        if (const std::string problem = verify_file(directory, file); !problem.empty()) fail(ErrorKind::data, problem);
+        if (const std::string problem = verify_file(directory, file).problem; !problem.empty())
+          fail(ErrorKind::data, problem);
     });
     run_agreed(communicator_, what, [&] {
       if (is_root) make_partial(output_dir_, partial);

@@ -26,6 +26,8 @@ const char* write_advice() {
   }
 }
 
+bool is_absent(int code) { return code == ENOENT || code == ENOTDIR || code == ENAMETOOLONG; }
+
 // 0, or the error of what could not be made.
 int make_missing(const std::filesystem::path& directory) {
   std::error_code ignored;
@@ -46,16 +48,16 @@ int make_missing(const std::filesystem::path& directory) {
 
 UniqueFd open_for_reading(const std::filesystem::path& file) {
   UniqueFd fd(::open(file.c_str(), O_RDONLY | O_CLOEXEC));
-  if (!fd) fail_errno(ErrorKind::data, "open", file);
+  if (!fd) fail_errno(is_absent(errno) ? ErrorKind::data : ErrorKind::io, "open", file);
   struct stat info {};
-  if (::fstat(fd.get(), &info) != 0) fail_errno(ErrorKind::data, "examine", file);
+  if (::fstat(fd.get(), &info) != 0) fail_errno(ErrorKind::io, "examine", file);
   if (S_ISDIR(info.st_mode)) fail(ErrorKind::data, fmt::format("{} is a directory, a file is needed", file.string()));
   return fd;
 }
 
 std::uint64_t file_size(int fd, const std::filesystem::path& file) {
   struct stat info {};
-  if (::fstat(fd, &info) != 0) fail_errno(ErrorKind::data, "examine", file);
+  if (::fstat(fd, &info) != 0) fail_errno(ErrorKind::io, "examine", file);
   return static_cast<std::uint64_t>(info.st_size);
 }
 

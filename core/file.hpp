@@ -1,6 +1,7 @@
 #pragma once
-// Files with honest errors. Reading a missing or unreadable file is Error{data}; failing to write is Error{io}.
-// Messages name the path and the system's reason. All functions are thread-safe.
+// Files with honest errors. A file that is missing or ends too early is Error{data}; one that the system refuses to
+// open or to read (permissions, a failing disk, too many open files), which says nothing of what it holds, and failing
+// to write are Error{io}. Messages name the path and the system's reason. All functions are thread-safe.
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>

@@ -227,47 +227,6 @@ TEST(CheckpointStore, AnAbandonedCheckpointOfTheSameStepIsMovedAside) {
   EXPECT_EQ(committed_steps(dir.path()), (std::vector<std::int64_t>{1}));
 }
 
-TEST(CheckpointStore, ResumingMovesLaterCheckpointsAsideAndSweepsTheRest) {
-  TempDir dir;
-  for (std::int64_t step : {1, 2, 3}) save_at(dir.path(), step, 1);
-  std::filesystem::create_directories(dir / "checkpoint-9.partial");
-  std::filesystem::create_directories(dir / "checkpoint-1.deleting");
-  std::filesystem::create_directories(dir / "notes.partial");
-  run_thread_ranks(2, [&](Communicator& comm) { CheckpointStore(dir.path(), comm).prepare_resume(1, "run/7"); });
-  EXPECT_EQ(committed_steps(dir.path()), (std::vector<std::int64_t>{1}));
-  EXPECT_TRUE(std::filesystem::exists(dir / "checkpoint-2.rejected-run_7"));
-  EXPECT_TRUE(std::filesystem::exists(dir / "checkpoint-3.rejected-run_7"));
-  EXPECT_FALSE(std::filesystem::exists(dir / "checkpoint-9.partial"));
-  EXPECT_FALSE(std::filesystem::exists(dir / "checkpoint-1.deleting"));
-  EXPECT_TRUE(std::filesystem::exists(dir / "notes.partial"));
-  save_at(dir.path(), 2, 2);
-  EXPECT_EQ(load_at(dir / "checkpoint-2", 2, 3), "");
-}
-
-TEST(CheckpointStore, NewestUsableSkipsWhatDoesNotVerify) {
-  TempDir dir;
-  for (std::int64_t step : {10, 20, 100}) save_at(dir.path(), step, 2);
-  std::filesystem::create_directories(dir / "checkpoint-200");  // never committed
-  const auto newest = [&] {
-    std::mutex mutex;
-    std::set<std::string> found;
-    run_thread_ranks(3, [&](Communicator& comm) {
-      const std::string path = CheckpointStore(dir.path(), comm).newest_usable().filename();
-      const std::lock_guard lock(mutex);
-      found.insert(path);
-    });
-    EXPECT_EQ(found.size(), 1u);
-    return *found.begin();
-  };
-  EXPECT_EQ(newest(), "checkpoint-100");
-  std::filesystem::remove(dir / "checkpoint-100/shard-00001-of-00002.h5");
-  EXPECT_EQ(newest(), "checkpoint-20");
-  std::ofstream(dir / "checkpoint-20/manifest.json", std::ios::app) << " ";
-  EXPECT_EQ(newest(), "checkpoint-10");
-  std::filesystem::remove(dir / "checkpoint-10/manifest.json");
-  EXPECT_EQ(newest(), "");
-}
-
 TEST(CheckpointStore, ANewerFormatIsRefusedClearly) {
   TempDir dir;
   save_at(dir.path(), 1, 1);
