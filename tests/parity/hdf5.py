@@ -18,12 +18,13 @@ CONFIG = {"architectures": ["BertForSequenceClassification"], "model_type": "ber
 FIELDS = ("value", "exp_avg", "exp_avg_sq")
 
 
-def train(folder):
+def train(folder, name, *more):
+    """The checkpoint of the end and the exported tensors."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
     common.shardtune("train", "--config_name", folder / "config.json", "--tokenizer_name", common.MINILM, "--task",
                      "text-classification", "--train_file", common.SST2 / "train.tsv", *common.SST2_ARGUMENTS, "--output_dir",
-                     folder / "run", "--sharding", "zero3", "--max_steps", "3", ranks=3)
-    return sorted((folder / "run" / "checkpoint-3").glob("shard-*.h5")), load_file(folder / "run" / "model" / "model.safetensors")
+                     folder / name, "--sharding", "zero3", "--max_steps", "3", *more, ranks=3)
+    return folder / name / "checkpoint-3", load_file(folder / name / "model" / "model.safetensors")
 
 
 def h5dump(shard, name, folder):
@@ -64,19 +65,54 @@ def assemble(tensor):
     return numpy.concatenate(values).reshape(tensor["shape"]) if position == math.prod(tensor["shape"]) else None
 
 
-def documented_reader():
+def documented(function):
     """The function of docs/checkpoint_format.md, as it stands there."""
     page = (pathlib.Path(__file__).parents[2] / "docs" / "checkpoint_format.md").read_text()
-    snippet = next(part.split("```")[0] for part in page.split("```python\n") if part.startswith("import glob, h5py"))
+    snippet = next(part.split("```")[0] for part in page.split("```python\n")[1:] if f"def {function}(" in part)
     scope = {}
     exec(snippet, scope)
-    return scope["read_model"]
+    return scope[function]
+
+
+def same(tensors, expected):
+    """How many differ in any bit, are missing or left over."""
+    return len(tensors.keys() ^ expected.keys()) + sum(
+        tensors[name].tobytes() != expected[name].tobytes() for name in tensors.keys() & expected.keys())
+
+
+def check_other_forms(folder):
+    """The documented functions on all that a checkpoint may be besides: compressed, with moments in bf16, several slices of a
+    tensor in one file."""
+    checkpoint, exported = train(folder, "forms", "--checkpoint_compression", "zstd", "--adam_state_dtype", "bf16",
+                                 "--ranks_per_file", "2")
+    plain = folder / "decompressed"
+    plain.mkdir()
+    compressed = sorted(checkpoint.glob("shard-*.h5.sz"))
+    common.report("compressed files of three ranks, two to a file, that are not there", 2 - len(compressed), 0)
+    for shard in compressed:
+        documented("decompress")(shard, plain / shard.name.removesuffix(".sz"))
+    common.shardtune("checkpoint", "reshard", checkpoint, folder / "resharded", "--shards", "2")
+    with h5py.File(plain / compressed[0].name.removesuffix(".sz")) as file:
+        keys = [key for group in file["parameters"].values() for key in group]
+        moments = {data.dtype.itemsize for group in file["parameters"].values() for key, data in group.items()
+                   if key.startswith("exp_avg")}
+    common.report("second slices of a tensor in one file", keys.count("value.1"), 1, more_is_better=True)
+    common.report("moments that are not stored in two bytes", len(moments ^ {2}), 0)
+    read = documented("read_model")
+    common.report(f"decompressed: tensors that the snippet reads otherwise, of {len(exported)}", same(read(plain), exported), 0)
+    for field in FIELDS[1:]:
+        ours, theirs = read(plain, field), read(folder / "resharded" / "checkpoint-3", field)
+        rounded = sum(bool(numpy.any(value.view(numpy.uint32) & 0xffff)) for value in ours.values())
+        common.report(f"{field} in bf16: tensors that differ from those of `checkpoint reshard`, of {len(ours)}", same(ours, theirs), 0)
+        common.report(f"{field} in bf16: tensors with numbers that bf16 has not", rounded, 0)
+        common.report(f"{field} in bf16: tensors", len(ours), len(exported), more_is_better=True)
 
 
 def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
-        shards, exported = train(folder)
+        checkpoint, exported = train(folder, "run")
+        shards = sorted(checkpoint.glob("shard-*.h5"))
         common.report("shards of three ranks that are not there", 3 - len(shards), 0)
         tensors, count, differing = {}, 0, 0
         for shard in shards:
@@ -90,11 +126,11 @@ def main():
         wrong = sum(whole[name, "value"] is None or whole[name, "value"].shape != value.shape or
                     whole[name, "value"].tobytes() != value.tobytes() for name, value in exported.items())
         common.report(f"tensors that differ from the exported safetensors in any bit, of {len(exported)}", wrong, 0)
-        read = documented_reader()(shards[0].parent)
-        wrong = sum(name not in read or read[name].tobytes() != value.tobytes() for name, value in exported.items())
-        common.report(f"tensors that the documented snippet reads otherwise, of {len(exported)}", wrong + len(read.keys() - exported.keys()), 0)
+        wrong = same(documented("read_model")(checkpoint), exported)
+        common.report(f"tensors that the documented snippet reads otherwise, of {len(exported)}", wrong, 0)
         moved = sum(bool(numpy.any(whole[name, "exp_avg_sq"] > 0)) for name in exported)
         common.report("parameters with optimizer state", moved, len(exported), more_is_better=True)
+        check_other_forms(folder)
     common.finish()
 
 
