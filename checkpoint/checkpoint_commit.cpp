@@ -51,7 +51,7 @@ void make_partial(const std::filesystem::path& output_dir, const std::filesystem
   std::error_code error;
   std::filesystem::remove_all(partial, error);
   if (!error) std::filesystem::create_directory(partial, error);
-  if (error) fail(ErrorKind::io, fmt::format("cannot create {}: {}", partial.string(), error.message()));
+  if (error) fail_writing("create", partial, error.value());
 }
 
 std::vector<ManifestFile> write_side_files(const std::filesystem::path& directory,

@@ -44,7 +44,7 @@ struct FreeContext {
 void write_compressed(const std::filesystem::path& from, std::uint64_t raw_bytes, const std::filesystem::path& to) {
   const UniqueFd source = open_for_reading(from);
   const UniqueFd target(::open(to.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
-  if (!target) fail(ErrorKind::io, fmt::format("cannot create {}: {}", to.string(), std::strerror(errno)));
+  if (!target) fail_writing("create", to, errno);
   const std::unique_ptr<ZSTD_CCtx, FreeContext> context(ZSTD_createCCtx());
   std::vector<char> raw(kBlockBytes), shuffled(kBlockBytes);
   std::string out(ZSTD_compressBound(kBlockBytes), '\0'), index;
@@ -62,8 +62,7 @@ void write_compressed(const std::filesystem::path& from, std::uint64_t raw_bytes
   }
   index.append(reinterpret_cast<const char*>(&num_blocks), sizeof num_blocks).append(kMagic, 8);
   write_all(target.get(), index, to);
-  if (::fsync(target.get()) != 0)
-    fail(ErrorKind::io, fmt::format("cannot sync {}: {}", to.string(), std::strerror(errno)));
+  if (::fsync(target.get()) != 0) fail_writing("sync", to, errno);
 }
 
 }  // namespace

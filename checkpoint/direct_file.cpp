@@ -1,5 +1,6 @@
 #include "checkpoint/direct_file.hpp"
 
+#include <atomic>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -35,13 +36,21 @@ int write_at(int fd, const char* bytes, std::size_t size, std::uint64_t position
   return 0;
 }
 
+// Slower, not wrong; a process says it once, not for every file of every save.
+void say_once(std::atomic_flag& was_said, const char* what, const std::filesystem::path& file, int code) {
+  if (!was_said.test_and_set())
+    log::info("{}: direct {} are refused there ({}), the page cache is used for this and all such files", file.string(),
+              what, std::strerror(code));
+}
+
 }  // namespace
 
 DirectFile::DirectFile(std::filesystem::path file) : file_(std::move(file)) {
   cached_ = UniqueFd(::open(file_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644));
-  if (!cached_) fail(ErrorKind::io, fmt::format("cannot create {}: {}", file_.string(), std::strerror(errno)));
+  if (!cached_) fail_writing("create", file_, errno);
   direct_ = UniqueFd(::open(file_.c_str(), O_WRONLY | O_DIRECT | O_CLOEXEC));
-  if (!direct_) log::debug("{}: no direct writes here ({})", file_.string(), std::strerror(errno));
+  static std::atomic_flag was_said;
+  if (!direct_) say_once(was_said, "writes", file_, errno);
 }
 
 void DirectFile::write(const void* data, std::size_t size, std::uint64_t position) {
@@ -51,21 +60,20 @@ void DirectFile::write(const void* data, std::size_t size, std::uint64_t positio
     // After a short direct write the rest may be unaligned, which is EINVAL as well: all of it is written again.
     const int code = write_at(direct_.get(), bytes, whole, position);
     if (code == EINVAL) {
-      log::debug("{}: direct writes are refused, the page cache is used", file_.string());
+      static std::atomic_flag was_said;
+      say_once(was_said, "writes", file_, code);
       direct_.reset(FdTraits::null());
     } else if (code != 0) {
-      fail(ErrorKind::io, fmt::format("cannot write {}: {}", file_.string(), std::strerror(code)));
+      fail_writing("write", file_, code);
     } else {
       bytes += whole, size -= whole, position += whole;
     }
   }
-  if (const int code = write_at(cached_.get(), bytes, size, position); code != 0)
-    fail(ErrorKind::io, fmt::format("cannot write {}: {}", file_.string(), std::strerror(code)));
+  if (const int code = write_at(cached_.get(), bytes, size, position); code != 0) fail_writing("write", file_, code);
 }
 
 void DirectFile::sync() {
-  if (::fsync(cached_.get()) != 0)
-    fail(ErrorKind::io, fmt::format("cannot sync {}: {}", file_.string(), std::strerror(errno)));
+  if (::fsync(cached_.get()) != 0) fail_writing("sync", file_, errno);
 }
 
 void AlignedDelete::operator()(char* bytes) const noexcept { std::free(bytes); }
@@ -80,7 +88,10 @@ AlignedBuffer make_aligned_buffer(std::size_t size) {
 
 DirectReader::DirectReader(std::filesystem::path file)
     : file_(std::move(file)), cached_(open_for_reading(file_)), file_bytes_(file_size(cached_.get(), file_)) {
-  if (file_bytes_ >= kWorthIt) direct_ = UniqueFd(::open(file_.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC));
+  if (file_bytes_ < kWorthIt) return;
+  direct_ = UniqueFd(::open(file_.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC));
+  static std::atomic_flag was_said;
+  if (!direct_) say_once(was_said, "reads", file_, errno);
 }
 
 void DirectReader::read(char* into, std::size_t size, std::uint64_t position) {
@@ -89,6 +100,10 @@ void DirectReader::read(char* into, std::size_t size, std::uint64_t position) {
     const ssize_t got =
         ::pread(direct_.get(), into + done, round_up(size - done, kPage), static_cast<off_t>(position + done));
     if (got < 0 && errno == EINTR) continue;
+    if (got < 0) {
+      static std::atomic_flag was_said;
+      say_once(was_said, "reads", file_, errno);
+    }
     if (got <= 0) break;
     done += static_cast<std::size_t>(got);
     if (done % kPage != 0) break;  // the end of the file

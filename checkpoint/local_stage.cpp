@@ -81,7 +81,7 @@ void LocalStage::begin(const std::string& file, std::int64_t step, std::int64_t 
   make_directories_durably(directory.parent_path());
   std::error_code error;
   fs::create_directory(directory, error);
-  if (error) fail(ErrorKind::io, fmt::format("cannot make {}: {}", directory.string(), error.message()));
+  if (error) fail_writing("create", directory, error.value());
 }
 
 void LocalStage::complete(const std::string& file, std::int64_t step, const std::string& manifest_text) const {

@@ -25,6 +25,12 @@ static_assert(kChecksumKey.size() == 13 && kEnd.size() == 3);
   fail(ErrorKind::data, fmt::format("{}: {}", origin.string(), what));
 }
 
+// Of what a damaged or hostile file says no more than fits a line, and nothing that is no text.
+std::string dumped(const nlohmann::json& value) {
+  return value.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace).substr(0, 60);
+}
+std::string in_quotes(const std::string& text) { return dumped(text.substr(0, 60)); }
+
 bool is_plain_name(const std::string& name) {
   return !name.empty() && name[0] != '.' && name.find_first_of(std::string_view("/\\\0", 3)) == std::string::npos;
 }
@@ -43,7 +49,7 @@ std::string_view checked_body(std::string_view text, const std::filesystem::path
 std::int64_t size_at(const nlohmann::json& list, std::size_t index, const std::string& origin) {
   const nlohmann::json& value = list.at(index);
   if (!value.is_number_unsigned() || value.get<std::uint64_t>() > std::numeric_limits<std::int64_t>::max())
-    refuse(origin, fmt::format("expected a size, got {}", value.dump().substr(0, 60)));
+    refuse(origin, fmt::format("expected a size, got {}", dumped(value)));
   return value.get<std::int64_t>();
 }
 
@@ -56,18 +62,20 @@ const nlohmann::json& list_of(const nlohmann::json& object, const char* key, con
 ManifestFile parse_file(const nlohmann::json& object, std::int64_t version, const std::string& origin) {
   ManifestFile file;
   file.name = json_get<std::string>(object, "name", origin);
-  if (!is_plain_name(file.name)) refuse(origin, "a file name is not plain");
+  if (!is_plain_name(file.name))
+    refuse(origin, fmt::format("the file name {} is not plain: no path, no leading dot", in_quotes(file.name)));
   const std::int64_t size = json_get<std::int64_t>(object, "size", origin);
-  if (size < 0) refuse(origin, "a file size is negative");
+  if (size < 0) refuse(origin, fmt::format("the size of the file {} is negative: {}", in_quotes(file.name), size));
   file.size = static_cast<std::uint64_t>(size);
   const std::string digest = json_get<std::string>(object, "digest", origin);
   if (digest.size() != 16 || digest.find_first_not_of("0123456789abcdef") != std::string::npos)
-    refuse(origin, "a digest is not 16 hexadecimal digits");
+    refuse(origin, fmt::format("the digest {} of the file {} is not 16 hexadecimal digits", in_quotes(digest),
+                               in_quotes(file.name)));
   file.digest = std::stoull(digest, nullptr, 16);
   file.has_block_table = json_get<bool>(object, "block_table", origin);
   const std::int64_t raw_size = json_get_or<std::int64_t>(object, "raw_size", 0, origin);
   if (raw_size < 0 || (raw_size > 0 && (version < 2 || !file.has_block_table)))
-    refuse(origin, fmt::format("the file '{}' has a 'raw_size' that it cannot have", file.name.substr(0, 60)));
+    refuse(origin, fmt::format("the file {} has a 'raw_size' that it cannot have: {}", in_quotes(file.name), raw_size));
   file.raw_size = static_cast<std::uint64_t>(raw_size);
   return file;
 }
@@ -89,7 +97,9 @@ ManifestTensor parse_tensor(const nlohmann::json& object, const Manifest& manife
   }
   std::int64_t expected = 0;
   for (const nlohmann::json& item : list_of(object, "slices", origin)) {
-    if (!item.is_array() || item.size() != 4) refuse(origin, "a slice is not a list of four numbers");
+    if (!item.is_array() || item.size() != 4)
+      refuse(origin, fmt::format("a slice of tensor {} is not a list of four numbers: {}", in_quotes(tensor.name),
+                                 dumped(item)));
     ManifestSlice slice{static_cast<std::size_t>(size_at(item, 0, origin)),
                         static_cast<std::uint64_t>(size_at(item, 1, origin)), size_at(item, 2, origin),
                         size_at(item, 3, origin)};
@@ -200,12 +210,15 @@ Manifest parse_manifest(std::string_view text, const std::filesystem::path& orig
   std::set<std::string> names;
   for (const nlohmann::json& file : list_of(root, "files", origin)) {
     manifest.files.push_back(parse_file(file, version, origin));
-    if (!names.insert(manifest.files.back().name).second) refuse(origin, "a file is listed twice");
+    if (!names.insert(manifest.files.back().name).second)
+      refuse(origin, fmt::format("the file {} is listed twice", in_quotes(manifest.files.back().name)));
   }
   for (const nlohmann::json& tensor : list_of(root, "tensors", origin)) {
     manifest.tensors.push_back(parse_tensor(tensor, manifest, origin));
     if (manifest.tensors.size() > 1 && !(key_of(*(manifest.tensors.end() - 2)) < key_of(manifest.tensors.back())))
-      refuse(origin, "the tensors are not in ascending order");
+      refuse(origin,
+             fmt::format("the tensors are not in ascending order: {} follows {}",
+                         in_quotes(manifest.tensors.back().name), in_quotes((manifest.tensors.end() - 2)->name)));
   }
   return manifest;
 }

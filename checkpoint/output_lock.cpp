@@ -41,7 +41,7 @@ std::string describe_self(const std::string& purpose) {
 OutputLock::OutputLock(const std::filesystem::path& output_dir, const std::string& purpose, double patience_seconds) {
   const std::filesystem::path file = output_dir / kLockFile;
   fd_ = UniqueFd(::open(file.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644));
-  if (!fd_) fail(ErrorKind::io, fmt::format("cannot open {}: {}", file.string(), std::strerror(errno)));
+  if (!fd_) fail_writing("open", file, errno);
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(patience_seconds);
   Attempt attempt = Attempt::busy;
   while ((attempt = try_lock(fd_.get(), LOCK_EX)) == Attempt::busy && std::chrono::steady_clock::now() < deadline)

@@ -115,7 +115,7 @@ SafetensorsWriter::SafetensorsWriter(std::filesystem::path file, std::vector<Ite
   impl.temporary = impl.file.string() + ".tmp";
   impl.items = std::move(items);
   impl.fd = UniqueFd(::open(impl.temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
-  if (!impl.fd) fail(ErrorKind::io, fmt::format("cannot create {}: {}", impl.temporary.string(), std::strerror(errno)));
+  if (!impl.fd) fail_writing("create", impl.temporary, errno);
   const std::uint64_t header_bytes = text.size();
   impl.append(&header_bytes, 8);
   impl.append(text.data(), text.size());
@@ -150,8 +150,7 @@ void SafetensorsWriter::commit() {
   check_internal(impl.current == impl.items.size(), "SafetensorsWriter::commit: tensors are missing");
   impl.flush();
   const auto check = [&](int result, const char* action) {
-    if (result != 0)
-      fail(ErrorKind::io, fmt::format("cannot {} {}: {}", action, impl.temporary.string(), std::strerror(errno)));
+    if (result != 0) fail_writing(action, impl.temporary, errno);
   };
   check(::fsync(impl.fd.get()), "sync");
   check(::close(impl.fd.release()), "close");

@@ -1,12 +1,14 @@
 #include "checkpoint/shard_layout.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <map>
 
 #include <fmt/format.h>
 #include <hdf5.h>
 
 #include "core/error.hpp"
+#include "core/file.hpp"
 #include "core/handle.hpp"
 
 namespace shardtune {
@@ -45,7 +47,7 @@ class SilentErrors {
   void* data_ = nullptr;
 };
 
-// The innermost message of HDF5's stack; of its system errors only the reason.
+// The innermost message of HDF5's stack; of its system errors the reason and what to do about it.
 std::string innermost_error() {
   std::string text;
   const auto take_first = [](unsigned, const H5E_error2_t* error, void* into) -> herr_t {
@@ -54,11 +56,12 @@ std::string innermost_error() {
     return 0;
   };
   H5Ewalk2(H5E_DEFAULT, H5E_WALK_UPWARD, take_first, &text);
-  constexpr std::string_view kReason = "error message = '";
-  const std::size_t begin = text.find(kReason);
-  if (begin == std::string::npos) return text.empty() ? "unknown HDF5 error" : text;
+  constexpr std::string_view kCode = "errno = ", kReason = "error message = '";
+  const std::size_t code = text.find(kCode), begin = text.find(kReason);
+  if (code == std::string::npos || begin == std::string::npos) return text.empty() ? "unknown HDF5 error" : text;
   const std::size_t end = text.find('\'', begin + kReason.size());
-  return text.substr(begin + kReason.size(), end - begin - kReason.size());
+  return text.substr(begin + kReason.size(), end - begin - kReason.size()) +
+         write_advice(std::atoi(text.c_str() + code + kCode.size()));
 }
 
 class ShardFile {

@@ -92,7 +92,7 @@ WrittenShard ShardWriter::seal(std::vector<WrittenPiece> pieces) {
     rename_path(compressed, target);
     std::error_code error;
     if (std::filesystem::remove(temporary_, error); error)
-      fail(ErrorKind::io, fmt::format("cannot remove {}: {}", temporary_.string(), error.message()));
+      fail_writing("remove", temporary_, error.value());
   } else {
     rename_path(temporary_, target);
   }

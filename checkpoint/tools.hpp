@@ -1,8 +1,8 @@
 #pragma once
 // What `shardtune checkpoint ...` does to checkpoints. Offline: one process, no communicator, constant memory
 // (manifests, side files and some MiB of data). Every byte that is read is verified. Error{data} for damage,
-// Error{config} for a target that exists or a directory in use, Error{io} for failing writes; a target is whole or
-// absent.
+// Error{config} for a target that exists or a directory in use, Error{io} for failing writes; no part of a
+// model or checkpoint is left behind then.
 #include <cstdint>
 #include <filesystem>
 #include <string>

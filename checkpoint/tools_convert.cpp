@@ -72,6 +72,15 @@ void write_tensors(CheckpointReader& reader, const fs::path& file, const std::ve
   writer.commit();
 }
 
+void write_index(const fs::path& file, const std::vector<std::vector<const ManifestTensor*>>& files,
+                 const std::vector<std::string>& names, std::uint64_t bytes) {
+  nlohmann::ordered_json weight_map = nlohmann::ordered_json::object();
+  for (std::size_t i = 0; i < files.size(); ++i)
+    for (const ManifestTensor* tensor : files[i]) weight_map[tensor->name] = names[i];
+  write_file_durably(
+      file, nlohmann::ordered_json{{"metadata", {{"total_size", bytes}}}, {"weight_map", weight_map}}.dump(2) + "\n");
+}
+
 // Side files of a checkpoint after their digests were found to hold.
 std::vector<SideFile> read_side_files(const fs::path& checkpoint_dir, const Manifest& manifest) {
   std::vector<SideFile> files;
@@ -126,30 +135,30 @@ nlohmann::json export_safetensors(const fs::path& checkpoint_dir, const fs::path
            fmt::format("{} holds a model already ({}); choose another directory", model_dir.string(), name));
   make_directories_durably(model_dir);
   const auto files = split_into_files(reader.manifest(), options);
-  nlohmann::json names = nlohmann::json::array();
-  nlohmann::ordered_json weight_map = nlohmann::ordered_json::object();
+  std::vector<std::string> names;
+  for (std::size_t i = 0; i < files.size(); ++i)
+    names.push_back(files.size() == 1 ? "model.safetensors"
+                                      : fmt::format("model-{:05d}-of-{:05d}.safetensors", i + 1, files.size()));
   std::uint64_t bytes = 0;
   std::size_t num_tensors = 0;
-  for (std::size_t i = 0; i < files.size(); ++i) {
-    const std::string name = files.size() == 1 ? "model.safetensors"
-                                               : fmt::format("model-{:05d}-of-{:05d}.safetensors", i + 1, files.size());
-    write_tensors(reader, model_dir / name, files[i], options.dtype);
-    names.push_back(name);
-    for (const ManifestTensor* tensor : files[i]) {
-      weight_map[tensor->name] = name;
+  for (const auto& tensors : files)
+    for (const ManifestTensor* tensor : tensors) {
       bytes += static_cast<std::uint64_t>(tensor->numel()) * (options.dtype == "bfloat16" ? 2 : 4);
       ++num_tensors;
     }
+  try {
+    for (std::size_t i = 0; i < files.size(); ++i) write_tensors(reader, model_dir / names[i], files[i], options.dtype);
+    for (const SideFile& side : read_side_files(checkpoint_dir, reader.manifest()))
+      if (is_model_companion(side.name))
+        write_file_durably(model_dir / side.name,
+                           side.name == "config.json" ? with_dtype(side.content, options.dtype) : side.content);
+    // The index comes last: without it the numbered parts are no model.
+    if (files.size() > 1) write_index(model_dir / kIndexFile, files, names, bytes);
+  } catch (...) {
+    std::error_code ignored;
+    for (const std::string& name : names) fs::remove(model_dir / name, ignored);
+    throw;
   }
-  for (const SideFile& side : read_side_files(checkpoint_dir, reader.manifest()))
-    if (is_model_companion(side.name))
-      write_file_durably(model_dir / side.name,
-                         side.name == "config.json" ? with_dtype(side.content, options.dtype) : side.content);
-  // The index comes last: without it the numbered parts are no model.
-  if (files.size() > 1)
-    write_file_durably(
-        model_dir / kIndexFile,
-        nlohmann::ordered_json{{"metadata", {{"total_size", bytes}}}, {"weight_map", weight_map}}.dump(2) + "\n");
   return {{"directory", model_dir.string()}, {"files", names}, {"tensors", num_tensors}, {"bytes", bytes}};
 }
 

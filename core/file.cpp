@@ -13,17 +13,8 @@
 namespace shardtune {
 namespace {
 
-[[noreturn]] void fail_errno(ErrorKind kind, const char* action, const std::filesystem::path& file, const char* advice = "") {
-  const int code = errno;
-  fail(kind, fmt::format("cannot {} {}: {}{}", action, file.string(), std::strerror(code), advice));
-}
-
-const char* write_advice() {
-  switch (errno) {
-    case ENOSPC: case EDQUOT: return " (free some space or choose another --output_dir)";
-    case EACCES: case EROFS: case EPERM: return " (choose an --output_dir that this user may write to)";
-    default: return "";
-  }
+[[noreturn]] void fail_errno(ErrorKind kind, const char* action, const std::filesystem::path& file) {
+  fail(kind, fmt::format("cannot {} {}: {}", action, file.string(), std::strerror(errno)));
 }
 
 bool is_absent(int code) { return code == ENOENT || code == ENOTDIR || code == ENAMETOOLONG; }
@@ -45,6 +36,22 @@ int make_missing(const std::filesystem::path& directory) {
 }
 
 }  // namespace
+
+const char* write_advice(int code) {
+  switch (code) {
+    case ENOSPC:
+    case EDQUOT: return " (free some space there or choose another directory)";
+    case EACCES:
+    case EROFS:
+    case EPERM: return " (choose a directory that this user may write to)";
+    default: return "";
+  }
+}
+
+void fail_writing(const char* action, const std::filesystem::path& file, int code) {
+  fail(ErrorKind::io,
+       fmt::format("cannot {} {}: {}{}", action, file.string(), std::strerror(code), write_advice(code)));
+}
 
 UniqueFd open_for_reading(const std::filesystem::path& file) {
   UniqueFd fd(::open(file.c_str(), O_RDONLY | O_CLOEXEC));
@@ -90,7 +97,7 @@ void write_all(int fd, std::string_view bytes, const std::filesystem::path& file
   while (!bytes.empty()) {
     const ssize_t put = ::write(fd, bytes.data(), std::min<std::size_t>(bytes.size(), 1U << 30));
     if (put < 0 && errno == EINTR) continue;
-    if (put < 0) fail_errno(ErrorKind::io, "write", file, write_advice());
+    if (put < 0) fail_writing("write", file, errno);
     bytes.remove_prefix(static_cast<std::size_t>(put));
   }
 }
@@ -98,10 +105,10 @@ void write_all(int fd, std::string_view bytes, const std::filesystem::path& file
 void write_file_durably(const std::filesystem::path& file, std::string_view bytes) {
   const std::filesystem::path temporary = file.string() + ".tmp";
   UniqueFd fd(::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
-  if (!fd) fail_errno(ErrorKind::io, "create", temporary, write_advice());
+  if (!fd) fail_writing("create", temporary, errno);
   write_all(fd.get(), bytes, temporary);
-  if (::fsync(fd.get()) != 0) fail_errno(ErrorKind::io, "sync", temporary, write_advice());
-  if (::close(fd.release()) != 0) fail_errno(ErrorKind::io, "close", temporary, write_advice());
+  if (::fsync(fd.get()) != 0) fail_writing("sync", temporary, errno);
+  if (::close(fd.release()) != 0) fail_writing("close", temporary, errno);
   rename_path(temporary, file);
   fsync_path(file.has_parent_path() ? file.parent_path() : std::filesystem::path("."));
 }
@@ -109,19 +116,16 @@ void write_file_durably(const std::filesystem::path& file, std::string_view byte
 void fsync_path(const std::filesystem::path& path) {
   const UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (!fd) fail_errno(ErrorKind::io, "open", path);
-  if (::fsync(fd.get()) != 0) fail_errno(ErrorKind::io, "sync", path, write_advice());
+  if (::fsync(fd.get()) != 0) fail_writing("sync", path, errno);
 }
 
 void rename_path(const std::filesystem::path& from, const std::filesystem::path& to) {
-  if (::rename(from.c_str(), to.c_str()) != 0) fail_errno(ErrorKind::io, "rename to", to, write_advice());
+  if (::rename(from.c_str(), to.c_str()) != 0) fail_writing("rename to", to, errno);
 }
 
 void make_directories_durably(const std::filesystem::path& directory) {
   // Something else may stand where one of the upper ones has to be.
-  const int code = make_missing(directory);
-  if (code == 0) return;
-  errno = code == EEXIST ? ENOTDIR : code;
-  fail_errno(ErrorKind::io, "create", directory, write_advice());
+  if (const int code = make_missing(directory)) fail_writing("create", directory, code == EEXIST ? ENOTDIR : code);
 }
 
 }  // namespace shardtune

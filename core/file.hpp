@@ -26,6 +26,11 @@ std::uint64_t file_size(int fd, const std::filesystem::path& file);
 void pread_exactly(int fd, void* into, std::size_t size, std::uint64_t offset, const std::filesystem::path& file);
 std::string read_file(const std::filesystem::path& file, std::size_t max_bytes = std::size_t{1} << 32);
 
+// Error{io} for a failed write, creation or sync of a file: "cannot <action> FILE: <what the system said of `code`>"
+// and what to do about a full disk or missing permission.
+const char* write_advice(int code);  // the latter: " (...)", or "" for other errors
+[[noreturn]] void fail_writing(const char* action, const std::filesystem::path& file, int code);
+
 // Writes all bytes (EINTR, short writes continued).
 void write_all(int fd, std::string_view bytes, const std::filesystem::path& file);
 // Whole file so that after a crash either the old or the new content is there: FILE.tmp, fsync, rename, fsync directory.

@@ -19,6 +19,7 @@
 #include "distributed/comm/thread_group.hpp"
 #include "tests/checkpoint/temp_dir.hpp"
 #include "tests/checkpoint/test_state.hpp"
+#include "tests/support/error_of.hpp"
 
 namespace shardtune {
 namespace {
@@ -257,6 +258,26 @@ TEST(HostileManifest, AnyBodyIsParsedConsistentlyOrRefused) {
     }
   }
   EXPECT_GT(refused, 4000);
+}
+
+TEST(Manifest, ARefusalNamesTheValue) {
+  TempDir dir;
+  save_at(dir.path(), 1, 2, test_tensors());
+  const std::string good = read_file(dir / "checkpoint-1/manifest.json");
+  const std::string body = good.substr(0, good.rfind(",\"checksum\""));
+  const std::pair<const char*, std::pair<const char*, const char*>> cases[] = {
+      {"\"config.json\"", {"\"../config.json\"", "the file name \"../config.json\" is not plain"}},
+      {"\"config.json\"", {"\"tokenizer.json\"", "the file \"tokenizer.json\" is listed twice"}},
+      {"\"config.json\"", {"\"\\u0007\\n\\u00e4/\"", "the file name \"\\u0007\\n\\u00e4/\" is not plain"}},
+      {"\"digest\":\"", {"\"digest\":\"x", "the digest \"x"}},
+      {"\"size\":", {"\"size\":-", "is negative: -"}}};
+  for (const auto& [what, change] : cases) {
+    std::string text = body;
+    text.replace(text.find(what), std::strlen(what), change.first);
+    const std::string said = testing_support::error_of(
+        ErrorKind::data, [&] { parse_manifest(text + ",\"checksum\":\"" + to_hex(hash_bytes(text)) + "\"}\n", "m"); });
+    EXPECT_NE(said.find(change.second), std::string::npos) << said;
+  }
 }
 
 }  // namespace

@@ -72,6 +72,19 @@ TEST(Reshard, AnyNumberOfFilesHoldsTheSameState) {
             std::string::npos);
 }
 
+TEST(Export, ThatFailsLeavesNoPartOfAModel) {
+  TempDir dir;
+  const fs::path checkpoint = save_at(dir / "a", 5, 2);
+  // The directory stands where a file has to go: the configuration, then the last of the numbered parts.
+  for (const char* name : {"config.json.tmp", "model-00003-of-00003.safetensors.tmp"}) {
+    const fs::path model = dir / "model";
+    fs::create_directories(model / name);
+    error_of(ErrorKind::io, [&] { export_safetensors(checkpoint, model, {.max_shard_bytes = 2'000'000}); });
+    for (const auto& entry : fs::directory_iterator(model)) EXPECT_EQ(entry.path().filename(), name);
+    fs::remove_all(model);
+  }
+}
+
 TEST(CheckpointReader, ReadsMoreFilesThanAProcessMayHaveOpen) {
   TempDir dir;
   const fs::path original = save_at(dir / "a", 5, 1);

@@ -166,6 +166,9 @@ bool try_fault(const Way& way, const Fault& fault, long k, std::map<std::string,
   if (!said.empty()) {
     EXPECT_TRUE(said.starts_with("saving checkpoint-2 failed on rank ")) << said;
     EXPECT_NE(said.find(std::strerror(fault.error)), std::string::npos) << said;
+    if (fault.error == ENOSPC || fault.error == EDQUOT) {
+      EXPECT_NE(said.find("free some space"), std::string::npos) << said;
+    }
   }
   expect_whole(out, said.empty() ? std::vector<std::int64_t>{1, 2} : std::vector<std::int64_t>{1});
   // Half of the time the job dies of it instead and is started again.
