@@ -1,6 +1,7 @@
 // Saving while training goes on: the same checkpoints as saving in between, and what a failed save means for the run.
 #include <algorithm>
 #include <condition_variable>
+#include <cstdlib>
 #include <fstream>
 #include <map>
 #include <mutex>
@@ -249,6 +250,46 @@ TEST(FailedSave, OfTheBestModelExportsTheBestOneThatWasSavedAndIsExitCode4) {
     }
   EXPECT_GT(hashes[0].size(), 20u);
   EXPECT_EQ(hashes[0], hashes[1]);
+  std::filesystem::remove_all(directory);
+}
+
+// A run as the first version saved it after two steps (CONTRIBUTING.md says how). What RunState and RunIdentity read
+// besides, since then, must have a default where this checkpoint has nothing.
+TEST(GoldenRun, GoesOnWithAllItsState) {
+  const auto directory = fresh_directory("golden_run");
+  std::filesystem::copy(std::filesystem::path(std::getenv("SHARDTUNE_SOURCE_DIR")) / "tests/golden/trainer_checkpoint",
+                        directory, std::filesystem::copy_options::recursive);
+  const std::filesystem::path out = directory / "run";
+  RunOptions options;
+  options.model.config_name = (directory / "model").string();
+  options.data.train_file = (directory / "train.jsonl").string();
+  options.train.output_dir = out.string();
+  options.train.resume_from_checkpoint = "true";
+  options.train.max_steps = 3;
+  options.train.learning_rate = 1e-2;
+  options.train.disable_tqdm = true;
+  options.train.log_level = "error";
+  const nlohmann::json before = read_checkpoint_run_state(out / "checkpoint-2").at("state");
+  EXPECT_EQ(train(options, 3), 0);
+  const nlohmann::json after = read_checkpoint_run_state(out / "checkpoint-3").at("state");
+  EXPECT_EQ(after.at("identity"), before.at("identity"));
+  EXPECT_EQ(after.at("step"), 3);
+  EXPECT_EQ(after.at("cursor"), nlohmann::json({{"epoch", 1}, {"step_in_epoch", 1}}));
+  EXPECT_EQ(after.at("samples_seen"), before.at("samples_seen").get<int>() + 4);
+  for (const char* key : {"best_step", "best_metric"}) EXPECT_EQ(after.at(key), before.at(key));
+  for (std::size_t i = 0; i < before.at("log_history").size(); ++i)
+    EXPECT_EQ(after.at("log_history").at(i), before.at("log_history").at(i));
+  // The moments went on from those of the checkpoint: the second ones have decayed, not begun again at zero.
+  const auto hashes = tensor_hashes(out.string());
+  EXPECT_NE(hashes.at("3 classifier.weight exp_avg_sq"), hashes.at("2 classifier.weight exp_avg_sq"));
+  CheckpointReader old(out / "checkpoint-2"), now(out / "checkpoint-3");
+  const ManifestTensor &tensor = old.tensor("classifier.weight", "exp_avg_sq"),
+                       &same = now.tensor("classifier.weight", "exp_avg_sq");
+  const at::Tensor a = at::empty({tensor.numel()}, at::kFloat), b = at::empty({tensor.numel()}, at::kFloat);
+  old.read({{&tensor, 0, a}});
+  now.read({{&same, 0, b}});
+  EXPECT_TRUE((b >= 0.998 * a).all().item<bool>());
+  EXPECT_GT(a.min().item<float>(), 0);
   std::filesystem::remove_all(directory);
 }
 
