@@ -54,7 +54,8 @@ class Storm {
         output_dir_(options_.train.output_dir),
         seed_(seed),
         random_(seed) {
-    for (const std::string& phase : protocol_steps()) hits_[phase] = 0;
+    for (const auto& steps : {protocol_steps(), local_steps()})
+      for (const std::string& phase : steps) hits_[phase] = 0;
   }
 
   // One start of the job; `is_to_be_killed` or it may run to its end.
@@ -75,7 +76,7 @@ class Storm {
     std::string phase;         // what the job was killed in; empty: it was not
     std::vector<pid_t> ranks;  // of the job then
   };
-  std::string random_options(int num_ranks);
+  std::string random_options(int num_ranks, fs::path& local_dir);
   std::string wanted_phase();
   Strike strike(Job& job, SaveWatch& watch);
   bool ends(Job& job, const SaveWatch& watch, const Strike& strike);
@@ -95,13 +96,16 @@ class Storm {
 };
 
 // None of these may change a bit.
-std::string Storm::random_options(int num_ranks) {
+std::string Storm::random_options(int num_ranks, fs::path& local_dir) {
   std::string text = random_.next_below(2) == 0 ? "--sharding ddp" : "--sharding zero3";
   text += fmt::format(" --ranks_per_file {}", 1 + random_.next_below(static_cast<std::uint64_t>(num_ranks)));
   if (random_.next_below(4) == 0) text += " --async_save false";
   if (random_.next_below(2) == 0) text += " --gradient_checkpointing";
   if (random_.next_below(3) == 0) text += " --checkpoint_compression zstd";
-  if (random_.next_below(3) == 0) text += fmt::format(" --checkpoint_local_dir {}.local", output_dir_.string());
+  if (random_.next_below(3) == 0) {
+    local_dir = output_dir_.string() + ".local";
+    text += fmt::format(" --checkpoint_local_dir {}", local_dir.string());
+  }
   return text;
 }
 
@@ -196,8 +200,9 @@ void Storm::start_once(bool is_to_be_killed) {
   has_ended_lap_ = false;
   fs::create_directories(output_dir_);
   const int num_ranks = 1 + static_cast<int>(random_.next_below(5));
-  const std::string command = train_command(options_, num_ranks, random_options(num_ranks));
-  SaveWatch watch(output_dir_, kStepsPerLap);
+  fs::path local_dir;
+  const std::string command = train_command(options_, num_ranks, random_options(num_ranks, local_dir));
+  SaveWatch watch(output_dir_, kStepsPerLap, local_dir);
   const fs::path log = output_dir_.string() + ".log";
   ++starts_;
   Job job(command, log);
@@ -222,7 +227,8 @@ void Storm::start_once(bool is_to_be_killed) {
 
 int Storm::kills_in_saves() const {
   int sum = 0;
-  for (const std::string& phase : protocol_steps()) sum += hits_.at(phase);
+  for (const auto& [phase, count] : hits_)
+    if (phase.starts_with("save")) sum += count;
   return sum;
 }
 
@@ -254,6 +260,27 @@ TEST(SaveWatch, SeesTheLossOfWhatWasCommittedAfterTheStart) {
   EXPECT_EQ(watch.loss(), "");
   fs::remove_all(out);
   EXPECT_EQ(watch.loss(), "checkpoint-14 was committed and is lost; the newest is none");
+}
+
+TEST(SaveWatch, TellsTheStagesOfASaveThroughALocalDisk) {
+  const fs::path directory = fresh_directory("save_watch_local");
+  const fs::path out = directory / "out", file = directory / "local/shardtune-1/shard-00000-of-00001.h5";
+  fs::create_directories(out / "checkpoint-2");
+  const SaveWatch watch(out, 100, directory / "local"), blind(out, 100);
+  std::ofstream(out / "resolved.cfg") << "x";
+  fs::create_directories(file / "checkpoint-2");  // of the save before
+  fs::create_directories(out / "checkpoint-4.partial");
+  EXPECT_EQ(watch.phase(), protocol_steps()[0]);
+  fs::create_directories(file / "checkpoint-4.partial");
+  EXPECT_EQ(watch.phase(), local_steps()[0]);
+  EXPECT_EQ(blind.phase(), protocol_steps()[0]);
+  fs::rename(file / "checkpoint-4.partial", file / "checkpoint-4");
+  EXPECT_EQ(watch.phase(), local_steps()[1]);
+  std::ofstream(out / "checkpoint-4.partial/shard-00000-of-00001.h5.tmp") << "x";
+  EXPECT_EQ(watch.phase(), local_steps()[2]);
+  std::ofstream(out / "checkpoint-4.partial/manifest.json") << "x";
+  EXPECT_EQ(watch.phase(), protocol_steps()[5]);
+  fs::remove_all(directory);
 }
 
 TEST(StuckJob, LeavesEvidenceOfEveryProcessAndNoProcess) {

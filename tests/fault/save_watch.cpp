@@ -21,6 +21,9 @@ constexpr const char* kTable = "save: 4 block table written";
 constexpr const char* kManifest = "save: 5 manifest being written";
 constexpr const char* kSealed = "save: 6 manifest written";
 constexpr const char* kCommitted = "save: 7 committed, latest is older";
+constexpr const char* kLocalWriting = "save, local: 1 being written to the local disk";
+constexpr const char* kLocalWhole = "save, local: 2 a part whole on the local disk, none drained";
+constexpr const char* kDraining = "save, local: 3 being drained";
 constexpr const char* kPruning = "save: 8 old checkpoint being removed";
 
 fs::file_time_type modification_time(const fs::path& file) {
@@ -57,7 +60,35 @@ const char* phase_of_partial(const fs::path& partial) {
   return has_shard_tmp ? kWriting : kMade;
 }
 
+std::vector<fs::path> entries_of(const fs::path& directory) {
+  std::vector<fs::path> entries;
+  std::error_code error;
+  for (auto it = fs::directory_iterator(directory, error); !error && it != fs::directory_iterator();
+       it.increment(error))
+    entries.push_back(it->path());
+  return entries;
+}
+
+// How far the save is of which the output directory shows `phase`, when it goes through LOCAL_DIR/<job>/<file>/.
+const char* phase_through_local(const char* phase, const std::string& checkpoint, const fs::path& local_dir) {
+  const std::string_view shown = phase;
+  if (shown == kWriting || shown == kRenamed || shown == kTable) return kDraining;
+  if (shown != kMade) return phase;
+  const char* found = kMade;
+  for (const fs::path& job : entries_of(local_dir))
+    for (const fs::path& file : entries_of(job)) {
+      if (fs::exists(file / checkpoint)) return kLocalWhole;
+      if (fs::exists(file / (checkpoint + ".partial"))) found = kLocalWriting;
+    }
+  return found;
+}
+
 }  // namespace
+
+const std::vector<std::string>& local_steps() {
+  static const std::vector<std::string> steps = {kLocalWriting, kLocalWhole, kDraining};
+  return steps;
+}
 
 const std::vector<std::string>& protocol_steps() {
   static const std::vector<std::string> steps = {kMade,     kWriting, kRenamed,   kTable,
@@ -77,9 +108,10 @@ std::vector<int> committed_steps(const fs::path& output_dir) {
   return steps;
 }
 
-SaveWatch::SaveWatch(fs::path output_dir, int last_step)
+SaveWatch::SaveWatch(fs::path output_dir, int last_step, fs::path local_dir)
     : output_dir_(std::move(output_dir)),
       last_step_(last_step),
+      local_dir_(std::move(local_dir)),
       newest_before_([&] {
         const auto steps = committed_steps(output_dir_);
         return steps.empty() ? -1 : steps.back();
@@ -106,7 +138,10 @@ std::string SaveWatch::phase() const {
       newest = std::max(newest, std::stoi(name.substr(11)));
   }
   if (is_deleting) return kPruning;
-  if (!partial.empty()) return phase_of_partial(partial);
+  if (!partial.empty()) {
+    const char* phase = phase_of_partial(partial);
+    return local_dir_.empty() ? phase : phase_through_local(phase, partial.stem(), local_dir_);
+  }
   std::string latest;
   std::getline(std::ifstream(output_dir_ / "latest") >> std::ws, latest);
   if (newest > newest_before_ && latest != fmt::format("checkpoint-{}", newest)) return kCommitted;

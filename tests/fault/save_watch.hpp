@@ -15,14 +15,16 @@ std::vector<int> committed_steps(const std::filesystem::path& output_dir);
 // The steps of a save that a directory shows, in their order (docs/checkpoint_format.md, "How a checkpoint is
 // committed").
 const std::vector<std::string>& protocol_steps();
+// Those of a save through local disks that go before the fifth of them instead of the second to fourth.
+const std::vector<std::string>& local_steps();
 
 class SaveWatch {
  public:
-  // Before a job is started there. `last_step` is where its run ends.
-  SaveWatch(std::filesystem::path output_dir, int last_step);
+  // Before a job is started there. `last_step` is where its run ends, `local_dir` its --checkpoint_local_dir.
+  SaveWatch(std::filesystem::path output_dir, int last_step, std::filesystem::path local_dir = {});
   // Training has begun: what an earlier job left behind was swept away.
   bool has_begun() const;
-  // One of protocol_steps(), or "starting or resuming", "training, no save under way", "ending".
+  // One of protocol_steps() or local_steps(), or "starting or resuming", "training, no save under way", "ending".
   std::string phase() const;
   // Remembers what is committed now. From here on it must not be lost, whoever is killed.
   void note_committed();
@@ -33,6 +35,7 @@ class SaveWatch {
  private:
   const std::filesystem::path output_dir_;
   const int last_step_;
+  const std::filesystem::path local_dir_;
   const int newest_before_;  // -1 = none
   int newest_noted_;
   const std::filesystem::file_time_type config_before_;  // of resolved.cfg, which is written when training begins
