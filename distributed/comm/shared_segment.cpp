@@ -81,7 +81,9 @@ UniqueFd create(std::int64_t bytes, int num_ranks, Message& message) {
 
 std::byte* map_part(const UniqueFd& file, std::int64_t part_bytes, int rank, int size, Message& message) {
   // With a file-size limit the kernel sends SIGXFSZ instead; the launcher may choose to ignore that signal.
-  const int code = ::posix_fallocate(file.get(), rank * part_bytes, part_bytes);
+  // A signal that is handled interrupts it.
+  int code = EINTR;
+  while (code == EINTR) code = ::posix_fallocate(file.get(), rank * part_bytes, part_bytes);
   if (code != 0) {
     message.set_error(reason("posix_fallocate", code));
     return nullptr;
