@@ -84,6 +84,7 @@ class ShardedRunner::UnitBackward : public torch::autograd::Node {
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override {
     check_internal(outputs_.empty() != !forward_, "UnitBackward: backward ran twice through one graph");
+    runner_.drop_other_gathers(index_);
     {
       const UnshardedScope unsharded(unit_, true);
       runner_.prefetch_previous(index_);
@@ -154,6 +155,13 @@ void ShardedRunner::prefetch_first() {
   if (!entries_.empty()) entries_.front().unit->begin_unshard();
 }
 
+void ShardedRunner::drop_other_gathers(std::size_t index) {
+  if (!options_.reshard_after_forward) return;
+  for (std::size_t i = 0; i < entries_.size(); ++i) {
+    if (i != index) entries_[i].unit->drop_gather();
+  }
+}
+
 void ShardedRunner::prefetch_next(std::size_t index) {
   if (index + 1 < entries_.size()) entries_[index + 1].unit->begin_unshard();
 }
@@ -188,6 +196,7 @@ Tensors ShardedRunner::run(Unit& unit, const Tensors& inputs, const Forward& for
   if (!needs_graph) {
     if (entry.context) entry.context->set_enabled(false);
     const at::NoGradGuard no_grad;
+    drop_other_gathers(index);
     const UnshardedScope unsharded(*entry.unit, true);
     prefetch_next(index);
     return forward(inputs);
@@ -212,6 +221,7 @@ Tensors ShardedRunner::run_forward(UnitBackward& node, std::size_t index, const 
   Tensors inner_outputs;
   const RecomputeMode mode = policy_.choose(index, bytes_of(inputs));
   if (entry.context) entry.context->set_enabled(mode == RecomputeMode::selective);
+  drop_other_gathers(index);
   {
     const UnshardedScope unsharded(*entry.unit, options_.reshard_after_forward);
     prefetch_next(index);

@@ -51,6 +51,9 @@ class ShardedRunner : public UnitRunner {
   std::size_t index_of(const Unit& unit) const;
   // The unit's forward pass in the first go, its weights there. Fills in what the node keeps.
   Tensors run_forward(UnitBackward& node, std::size_t index, const Tensors& inputs, const Forward& forward);
+  // Before a unit is unsharded: gathers of others were for units that this pass has left out. Under plans that free
+  // weights between the passes they hold copies that are counted out, see ParallelEngine::size_buffers().
+  void drop_other_gathers(std::size_t index);
   void prefetch_next(std::size_t index);
   void prefetch_previous(std::size_t index);
 

@@ -9,6 +9,7 @@
 #include "core/error.hpp"
 #include "distributed/comm/thread_group.hpp"
 #include "tests/parallel/toy_run.hpp"
+#include "tests/parallel/wrapping_communicator.hpp"
 
 namespace shardtune::toy {
 namespace {
@@ -65,6 +66,32 @@ TEST(Engine, AUnitTheLossDoesNotDependOnHasZeroGradients) {
       }
       EXPECT_EQ(num_unused, 4);
     });
+  }
+}
+
+// Their weights are gathered ahead, and no backward pass comes to give them back.
+TEST(Engine, SeveralUnitsTheLossDoesNotDependOnLeaveRoomForTheOthers) {
+  const auto gradients_under = [](const std::string& plan, bool has_shared_memory) {
+    const ToyRun run{.num_blocks = 9, .plan = plan, .num_ranks = 2, .num_micro_batches = 3};
+    double sum = 0.0;
+    run_thread_ranks(run.num_ranks, [&](Communicator& inner) {
+      at::set_num_threads(1);
+      CommunicatorHooks hooks;
+      hooks.has_shared_memory = has_shared_memory;
+      WrappingCommunicator world(inner, hooks);
+      Rank rank(run, world);
+      rank.model.ignored_blocks = {2, 4, 6, 8};
+      run_micro_batches(rank, run, 0);
+      const double norm = rank.engine.grad_norm();
+      if (world.rank() == 0) sum = norm;
+    });
+    return sum;
+  };
+  const double wanted = gradients_under("ddp", true);
+  EXPECT_GT(wanted, 0.0);
+  for (const std::string& plan : all_plans()) {
+    for (const bool has_shared_memory : {true, false})
+      EXPECT_EQ(gradients_under(plan, has_shared_memory), wanted) << plan << " " << has_shared_memory;
   }
 }
 

@@ -19,7 +19,6 @@ constexpr std::int64_t kVocabulary = 101;
 constexpr std::int64_t kWidth = 40;
 constexpr std::int64_t kInner = 72;
 constexpr std::int64_t kPositions = 13;
-constexpr int kBlocks = 3;
 
 Tensors micro_batch_gradients(Model& model, std::int64_t index) {
   PlainRunner runner;
@@ -74,7 +73,7 @@ Parameter* Model::add(Unit& unit, const std::string& name, std::vector<std::int6
   return &parameter;
 }
 
-Model::Model(Frozen frozen) {
+Model::Model(Frozen frozen, int num_blocks) {
   const bool one_block = frozen == Frozen::all_but_one_block;
   Unit& root = units_.emplace_back();
   root.name = "root";
@@ -82,7 +81,7 @@ Model::Model(Frozen frozen) {
   add(root, "embed.weight", {kVocabulary, kWidth}, frozen != Frozen::embeddings && !one_block);
   add(root, "positions.weight", {kPositions, kWidth}, frozen == Frozen::nothing);
   add(root, "final_norm.weight", {kWidth}, !one_block);
-  for (int i = 0; i < kBlocks; ++i) {
+  for (int i = 0; i < num_blocks; ++i) {
     Unit& block = units_.emplace_back();
     block.name = "block." + std::to_string(i);
     const bool is_trainable = !one_block || i == 1;
@@ -127,6 +126,7 @@ at::Tensor Model::loss(const Batch& batch, UnitRunner& runner) {
       return {in[0] + at::linear(inner, value(4)), in[1] * 0.5 + in[0], in[2], at::Tensor()};
     };
     const UnitRunner::Tensors out = runner.run(block, {x_TD, skip_TD, batch.ids_T, at::Tensor()}, forward);
+    if (ignored_blocks.contains(static_cast<int>(i) - 1)) continue;
     x_TD = out[0];
     skip_TD = i % 2 == 0 ? x_TD * 0.75 : out[1];  // every other block has an output that nothing uses
   }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <deque>
 #include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -25,7 +26,7 @@ Batch make_batch(std::int64_t step, std::int64_t micro_batch);
 
 class Model {
  public:
-  explicit Model(Frozen frozen);
+  explicit Model(Frozen frozen, int num_blocks = 3);
   Model(const Model&) = delete;
   std::vector<Unit*> units();
   std::vector<Parameter*> parameters();
@@ -34,6 +35,7 @@ class Model {
   // Called inside every block's forward, with the block's unit.
   std::function<void(const Unit&)> in_block;
   bool use_last_block = true;
+  std::set<int> ignored_blocks;  // they run, but the loss does not depend on them
 
  private:
   Parameter* add(Unit& unit, const std::string& name, std::vector<std::int64_t> shape, bool is_trainable);

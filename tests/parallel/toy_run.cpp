@@ -88,7 +88,7 @@ ParallelOptions parallel_options(const ToyRun& run, int num_ranks) {
 }
 
 Rank::Rank(const ToyRun& run, Communicator& world)
-    : model(run.frozen),
+    : model(run.frozen, run.num_blocks),
       engine(model.units(), world, with_probe(parallel_options(run, world.size()), run, world.rank())) {
   for (ShardedParameter* p : engine.parameters()) {
     p->master.fill_(std::numeric_limits<float>::quiet_NaN());

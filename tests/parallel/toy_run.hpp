@@ -13,6 +13,7 @@ namespace shardtune::toy {
 
 struct ToyRun {
   Frozen frozen = Frozen::nothing;
+  int num_blocks = 3;
   std::string plan = "zero3";  // a plan's name, or "zero3_kept", "hsdp_kept": reshard_after_forward off
   at::ScalarType dtype = at::kFloat;
   bool checkpointing = false;       // full recomputation
