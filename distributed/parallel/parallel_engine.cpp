@@ -1,6 +1,7 @@
 #include "distributed/parallel/parallel_engine.hpp"
 
 #include <algorithm>
+#include <exception>
 #include <utility>
 
 #include <ATen/core/grad_mode.h>
@@ -270,7 +271,8 @@ void ParallelEngine::reset_memory_peaks() noexcept {
   }
 }
 
-EvaluationScope::EvaluationScope(ParallelEngine& engine) : engine_(engine), had_grad_mode_(at::GradMode::is_enabled()) {
+EvaluationScope::EvaluationScope(ParallelEngine& engine)
+    : engine_(engine), had_grad_mode_(at::GradMode::is_enabled()), num_exceptions_(std::uncaught_exceptions()) {
   engine_.expect(ParallelEngine::Phase::idle, "EvaluationScope");
   engine_.complete_kept_copies();
   engine_.unshard_roots();
@@ -284,3 +286,5 @@ EvaluationScope::~EvaluationScope() {
 }
 
 }  // namespace shardtune
+  // Peers may never come to what is under way.
+  if (std::uncaught_exceptions() > num_exceptions_) return;

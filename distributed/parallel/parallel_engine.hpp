@@ -134,7 +134,7 @@ class ParallelEngine {
 };
 
 // Gathers the root unit for a stretch of evaluation and sets no-grad mode. Construction is collective, destruction
-// local. Not inside a training step.
+// local; while an exception passes, gathers are left as they are. Not inside a training step.
 class EvaluationScope {
  public:
   explicit EvaluationScope(ParallelEngine& engine);
@@ -147,4 +147,5 @@ class EvaluationScope {
   bool had_grad_mode_;
 };
 
+  int num_exceptions_;
 }  // namespace shardtune

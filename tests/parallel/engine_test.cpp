@@ -238,6 +238,33 @@ TEST(Engine, AnErrorInsideARecomputedForwardKeepsItsKindAndFreesTheUnit) {
   }
 }
 
+// Peers may never come to the gathers that an evaluation has issued ahead.
+TEST(Engine, AnErrorInsideAnEvaluationIsNotHeldUpByGathers) {
+  run_thread_ranks(2, [](Communicator& inner) {
+    at::set_num_threads(1);
+    bool is_failing = false;
+    CommunicatorHooks hooks;
+    hooks.has_shared_memory = false;
+    hooks.after = [&](const std::string& operation, const at::Tensor&) {
+      if (is_failing) fail(ErrorKind::comm, "waited for " + operation);
+    };
+    WrappingCommunicator world(inner, hooks);
+    Rank rank({.plan = "zero3"}, world);
+    rank.model.in_block = [&](const Unit& unit) {
+      if (unit.name != "block.1") return;
+      is_failing = true;
+      fail(ErrorKind::numeric, "planted");
+    };
+    EXPECT_EQ(kind_of([&] {
+                const EvaluationScope scope(rank.engine);
+                rank.model.loss(make_batch(0, 0), rank.engine.runner());
+              }),
+              ErrorKind::numeric);
+    EXPECT_TRUE(at::GradMode::is_enabled());
+    is_failing = false;
+  });
+}
+
 TEST(Engine, AUnitRunsOnlyOncePerMicroBatch) {
   const auto world = make_self_communicator();
   Rank rank({.plan = "ddp"}, *world);
