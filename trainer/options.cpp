@@ -39,15 +39,23 @@ void check_model(const ModelOptions& model, const std::string& command) {
 }
 
 void check_parallel(const TrainOptions& train) {
-  resolve_sharding_plan(plan_request(train));
-  need(train.hsdp_shard_size >= 0, "hsdp_shard_size", train.hsdp_shard_size, "0 (= the ranks of a node) or more is needed");
+  // Before anything computes with them: larger values would not survive it.
+  need(train.hsdp_shard_size >= 0 && train.hsdp_shard_size <= 1000000, "hsdp_shard_size", train.hsdp_shard_size,
+       "0 (= the ranks of a node) to 1000000 ranks are needed");
+  const ShardingPlan plan = resolve_sharding_plan(plan_request(train));
+  if (train.share_frozen_weights && plan.reshard_after_backward)
+    refuse("share_frozen_weights", "true",
+           fmt::format("{} never keeps weights whole, a node has them once anyway; leave the option out, or use ddp, "
+                       "zero1 or zero2",
+                       plan.name));
   if (train.bf16 && train.fp16) fail(ErrorKind::config, "--bf16 and --fp16 exclude each other; bf16 needs no loss scale");
   need_one_of("reduce_dtype", train.reduce_dtype, {"fp32", "bf16"});
   need(train.ddp_bucket_cap_mb >= 0 && train.ddp_bucket_cap_mb <= 4096, "ddp_bucket_cap_mb", train.ddp_bucket_cap_mb, "0 (= measured) or 1 to 4096 MiB are needed");
   need_one_of("adam_state_dtype", train.adam_state_dtype, {"fp32", "bf16"});
   need_one_of("gradient_checkpointing_mode", train.gradient_checkpointing_mode, {"full", "selective"});
   need(train.gradient_checkpointing_every >= 1, "gradient_checkpointing_every", train.gradient_checkpointing_every, "at least 1 is needed");
-  need(train.activation_memory_budget >= 0, "activation_memory_budget", train.activation_memory_budget, "0 (= off) or a number of MiB is needed");
+  need(train.activation_memory_budget >= 0 && train.activation_memory_budget <= 1 << 30, "activation_memory_budget",
+       train.activation_memory_budget, "0 (= off) or a number of MiB up to 1073741824 is needed");
   const bool is_tuned = train.gradient_checkpointing_every != 1 || train.gradient_checkpointing_mode != "full";
   if (is_tuned && !train.gradient_checkpointing)
     fail(ErrorKind::config, "--gradient_checkpointing_every and --gradient_checkpointing_mode need --gradient_checkpointing");

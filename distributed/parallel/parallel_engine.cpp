@@ -10,6 +10,7 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include "core/error.hpp"
+#include "core/log.hpp"
 #include "distributed/comm/exchange.hpp"
 #include "distributed/parallel/gradient_norm.hpp"
 
@@ -25,12 +26,6 @@ const ParallelOptions& checked(const ParallelOptions& options) {
   if (options.reduce_dtype != at::kFloat && options.reduce_dtype != at::kBFloat16) {
     fail(ErrorKind::config,
          fmt::format("reduce dtype {} is not supported; use fp32 or bf16", c10::toString(options.reduce_dtype)));
-  }
-  if (!options.share_frozen_on_host.empty() && options.plan.reshard_after_backward) {
-    fail(ErrorKind::config,
-         fmt::format("--share_frozen_weights: {} never keeps weights whole, a node has them once anyway; "
-                     "leave the option out, or use ddp, zero1 or zero2",
-                     options.plan.name));
   }
   return options;
 }
@@ -119,13 +114,23 @@ void ParallelEngine::weights_loaded() {
   before->finish_refresh();
   for (const auto& unit : units_) unit->drop_frozen_masters();
   if (!options_.share_frozen_on_host.empty()) share_frozen();
+  options_.share_frozen_on_host.clear();
 }
 
 void ParallelEngine::share_frozen() {
+  if (trainable_.size() == parameters_.size())
+    return log::warn(
+        "--share_frozen_weights: nothing is frozen, so there is nothing to share; name weights with --freeze");
   const std::vector<std::string> hosts = all_gather_strings(world(), options_.share_frozen_on_host);
   const auto first = std::find(hosts.begin(), hosts.end(), options_.share_frozen_on_host);
   const auto node = world().split(static_cast<int>(first - hosts.begin()), 0);
-  for (const auto& unit : units_) unit->share_frozen(*node);
+  bool is_shared = node->size() > 1;
+  for (const auto& unit : units_) is_shared = is_shared && unit->share_frozen(*node);
+  if (is_shared || node->rank() != 0) return;
+  log::all_ranks::warn(
+      "--share_frozen_weights: every rank on {} keeps frozen weights of its own, because {}",
+      options_.share_frozen_on_host,
+      node->size() == 1 ? "it is alone there" : "they get no shared memory (SHARDTUNE_COMM, /dev/shm)");
 }
 
 // What the forward pass has not brought up to date, in the order in which it would have been.
@@ -281,10 +286,10 @@ EvaluationScope::EvaluationScope(ParallelEngine& engine)
 
 EvaluationScope::~EvaluationScope() {
   at::GradMode::set_enabled(had_grad_mode_);
+  // Peers may never come to what is under way.
+  if (std::uncaught_exceptions() > num_exceptions_) return;
   engine_.drop_gathers();
   engine_.reshard_roots();
 }
 
 }  // namespace shardtune
-  // Peers may never come to what is under way.
-  if (std::uncaught_exceptions() > num_exceptions_) return;

@@ -39,7 +39,9 @@ struct ParallelOptions {
   // so; sums of several micro-batches travel in fp32. fast: whatever travels is rounded to it.
   at::ScalarType reduce_dtype = at::kFloat;
   std::int64_t bucket_bytes = kDefaultBucketBytes;
-  std::string share_frozen_on_host = {};  // not empty: kept frozen weights exist once among ranks of the same name
+  // Not empty: kept frozen weights exist once among ranks of the same name (one warning where they cannot). Only for
+  // plans that keep weights.
+  std::string share_frozen_on_host = {};
   RecomputeOptions recompute = {};  // gradient checkpointing of the non-root units
   GradientProbe probe = {};         // tests only
 };
@@ -145,7 +147,7 @@ class EvaluationScope {
  private:
   ParallelEngine& engine_;
   bool had_grad_mode_;
+  int num_exceptions_;
 };
 
-  int num_exceptions_;
 }  // namespace shardtune

@@ -285,14 +285,14 @@ void ShardUnit::drop_frozen_masters() {
   }
 }
 
-void ShardUnit::share_frozen(Communicator& node) {
+bool ShardUnit::share_frozen(Communicator& node) {
   check_internal(!frees_storage(), "ShardUnit: only weights that are kept whole can be shared");
   const at::NoGradGuard no_grad;
   std::int64_t num_bytes = 0;
   for (const ShardedParameter& p : parameters_) num_bytes += p.parameter->is_trainable ? 0 : place_bytes(*p.parameter);
-  if (num_bytes == 0 || node.size() == 1 || shared_frozen_.defined()) return;
+  if (num_bytes == 0) return true;
   shared_frozen_ = node.make_shared(num_bytes, at::kByte);
-  if (!shared_frozen_.defined()) return;
+  if (!shared_frozen_.defined()) return false;
   MemoryUse& memory = context_.memory;
   memory.buffers.add(num_bytes / node.size());
   std::int64_t at_byte = 0;
@@ -310,6 +310,7 @@ void ShardUnit::share_frozen(Communicator& node) {
     point_storage(value, place.data_ptr(), copy_bytes(*p.parameter));
   }
   node.barrier();
+  return true;
 }
 
 void ShardUnit::gather_masters() {

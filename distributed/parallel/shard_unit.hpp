@@ -93,9 +93,10 @@ class ShardUnit {
   // Frozen parameters whose values fit into the compute dtype: that shard instead of the fp32 one, and none but the
   // compute copy where that is kept whole. Local.
   void drop_frozen_masters();
-  // Plans that keep compute copies whole: those of frozen parameters become one for all ranks of `node`, where the backend
-  // has memory in common. Collective over the node, after drop_frozen_masters().
-  void share_frozen(Communicator& node);
+  // Plans that keep compute copies whole: those of frozen parameters become one for all ranks of `node`, where the
+  // backend has memory in common; false on all of them where it has not. Collective over the node, once, after
+  // drop_frozen_masters().
+  bool share_frozen(Communicator& node);
   // Compute copies that the plan keeps := masters. Collective where masters are cut.
   void begin_refresh();
   void finish_refresh();

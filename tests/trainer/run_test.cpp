@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <utility>
 
 #include <fmt/format.h>
@@ -204,6 +205,42 @@ TEST(Options, AnExplicitShardingMustAgreeWithFsdp) {
   options.explicitly_set = {"sharding"};
   const std::string said = error_of(ErrorKind::config, [&] { validate(options, "train"); });
   for (const char* word : {"full_shard", "zero3", "ddp"}) EXPECT_NE(said.find(word), std::string::npos) << said;
+  std::filesystem::remove_all(directory);
+}
+
+TEST(Options, NumbersThatWouldNotSurviveTheirUseAreRefused) {
+  const auto directory = fresh_directory("large_numbers");
+  const RunOptions good = make_tiny_run(directory, TinyFamily::bert);
+  const auto said = [&](const std::function<void(TrainOptions&)>& spoil) {
+    RunOptions options = good;
+    spoil(options.train);
+    return error_of(ErrorKind::config, [&] { validate(options, "train"); });
+  };
+  const std::string size = said([](TrainOptions& train) {
+    train.sharding = "hsdp";
+    train.hsdp_shard_size = 4294967298;  // 2 in 32 bits
+  });
+  EXPECT_NE(size.find("--hsdp_shard_size = 4294967298: 0"), std::string::npos) << size;
+  const std::string budget = said([](TrainOptions& train) { train.activation_memory_budget = std::int64_t{1} << 44; });
+  EXPECT_NE(budget.find("--activation_memory_budget = 17592186044416: 0"), std::string::npos) << budget;
+  std::filesystem::remove_all(directory);
+}
+
+TEST(Options, SharingFrozenWeightsIsForPlansThatKeepThem) {
+  const auto directory = fresh_directory("share_frozen");
+  RunOptions options = make_tiny_run(directory, TinyFamily::bert);
+  options.train.share_frozen_weights = true;
+  for (const char* plan : {"ddp", "zero1", "zero2"}) {
+    options.train.sharding = plan;
+    EXPECT_NO_THROW(validate(options, "train"));
+  }
+  for (const char* plan : {"zero3", "hsdp"}) {
+    options.train.sharding = plan;
+    const std::string said = error_of(ErrorKind::config, [&] { validate(options, "train"); });
+    for (const std::string& word :
+         {std::string("--share_frozen_weights = true"), std::string(plan), std::string("use ddp")})
+      EXPECT_NE(said.find(word), std::string::npos) << said;
+  }
   std::filesystem::remove_all(directory);
 }
 
