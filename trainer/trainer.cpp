@@ -99,10 +99,12 @@ Trainer::StepResult Trainer::train_step(const StepBatches& batches) {
 bool Trainer::has_overflowed(const StepResult& result) const {
   if (std::isfinite(result.loss) && std::isfinite(result.grad_norm)) return false;
   if (state_.scaler.is_on()) return true;
-  fail(ErrorKind::numeric,
-       fmt::format("loss {} and gradient norm {} are not finite; lower --learning_rate, check the data, or train "
-                   "without --bf16. The last checkpoint is intact",
-                   result.loss, result.grad_norm));
+  const bool is_bf16 = parts_.engine.parameters().front()->parameter->value.scalar_type() == at::kBFloat16;
+  fail(
+      ErrorKind::numeric,
+      fmt::format("loss {} and gradient norm {} are not finite; lower --learning_rate{}. The last checkpoint is intact",
+                  result.loss, result.grad_norm,
+                  is_bf16 ? ", check the data, or train without --bf16" : " or check the data"));
 }
 
 void Trainer::forward_backward(const StepBatches& batches, std::vector<double>& losses) {

@@ -14,6 +14,7 @@
 #include "tests/trainer/thread_run.hpp"
 
 namespace shardtune {
+#include "tests/support/error_of.hpp"
 namespace {
 
 namespace fs = std::filesystem;
@@ -23,6 +24,7 @@ using testing_support::MakeHooks;
 using testing_support::resume_on_threads;
 using testing_support::sha256_of;
 using testing_support::TinyFamily;
+using testing_support::error_of;
 using testing_support::train_on_threads;
 
 // These tests are about bits and loss scales, on any processor.
@@ -110,7 +112,15 @@ TEST(Precision, AnOverflowOnOneRankIsSkippedByAllAndHalvesTheScale) {
 TEST(Precision, TheSameInfinityEndsARunThatHasNoLossScale) {
   const auto directory = fresh_directory("overflow_fp32");
   RunOptions options = tiny_options(directory, TinyFamily::bert);
-  EXPECT_THROW(train_on_threads(options, 2, overflow_once()), Error);
+  const auto said = [&] {
+    return error_of(ErrorKind::numeric, [&] { train_on_threads(options, 2, overflow_once()); });
+  };
+  const std::string in_fp32 = said();
+  EXPECT_NE(in_fp32.find("lower --learning_rate or check the data"), std::string::npos) << in_fp32;
+  EXPECT_EQ(in_fp32.find("--bf16"), std::string::npos) << in_fp32;
+  options.train.bf16 = true;
+  options.train.overwrite_output_dir = true;
+  EXPECT_NE(said().find("train without --bf16"), std::string::npos);
   fs::remove_all(directory);
 }
 
