@@ -13,6 +13,9 @@
 #include "core/error.hpp"
 #include "core/hash.hpp"
 #include "core/json.hpp"
+#include "core/log.hpp"
+#include "distributed/comm/exchange.hpp"
+#include "kernels/instruction_set.hpp"
 #include "trainer/optimizer.hpp"
 
 namespace shardtune {
@@ -129,6 +132,7 @@ void check_same_run(const RunIdentity& stored, const RunIdentity& now) {
 nlohmann::json describe_environment(const RunOptions& options, const std::string& reduction) {
   return {{"torch", TORCH_VERSION},
           {"cpu", at::get_cpu_capability()},
+          {"kernels", name_of(instruction_set())},
           {"threads_per_rank", at::get_num_threads()},
           {"bf16", options.train.bf16},
           {"fp16", options.train.fp16},
@@ -137,14 +141,31 @@ nlohmann::json describe_environment(const RunOptions& options, const std::string
           {"adam_state_dtype", options.train.adam_state_dtype}};
 }
 
-std::vector<std::string> environment_differences(const nlohmann::json& stored, const nlohmann::json& now) {
+std::vector<std::string> environment_differences(const nlohmann::json& first, const nlohmann::json& second,
+                                                 const EnvironmentWords& words) {
   std::vector<std::string> differences;
-  for (const auto& [key, value] : now.items()) {
+  for (const auto& [key, value] : second.items()) {
+    if (key == "kernels" && second.at("bf16") == false) continue;
     // Checkpoints of before there was a choice do not name it.
-    const nlohmann::json before = stored.contains(key) ? stored.at(key) : nlohmann::json(key == "reduction" ? "tree" : "?");
-    if (before != value) differences.push_back(fmt::format("{}: {} before, {} now", key, before.dump(), value.dump()));
+    const nlohmann::json before =
+        first.contains(key) ? first.at(key) : nlohmann::json(key == "reduction" ? "tree" : "?");
+    if (before != value)
+      differences.push_back(
+          fmt::format("{}: {} {}, {} {}", key, before.dump(), words.first, value.dump(), words.second));
   }
   return differences;
+}
+
+void warn_of_different_environments(const nlohmann::json& own, Communicator& world) {
+  const std::vector<std::string> all = all_gather_strings(world, own.dump());
+  const nlohmann::json first = nlohmann::json::parse(all.front());
+  for (std::size_t rank = 1; rank < all.size(); ++rank) {
+    const EnvironmentWords words{"on rank 0", fmt::format("on rank {}", rank)};
+    const auto differences = environment_differences(first, nlohmann::json::parse(all[rank]), words);
+    if (differences.empty()) continue;
+    return log::warn("ranks compute under different conditions, so the result is not promised bit for bit: {}",
+                     fmt::join(differences, "; "));
+  }
 }
 
 nlohmann::json RunState::to_json() const {

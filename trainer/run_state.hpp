@@ -13,6 +13,8 @@
 
 namespace shardtune {
 
+class Communicator;
+
 // Everything the result depends on besides weights and data content; the number of ranks is not among it.
 struct RunIdentity {
   std::string run_id;                        // random, for names of rejected checkpoints
@@ -42,10 +44,17 @@ void adopt_identity(const RunIdentity& stored, RunOptions& options);
 // Error{config} otherwise.
 void check_same_run(const RunIdentity& stored, const RunIdentity& now);
 
-// Environment in which bits are promised; where it differs on resume the differences are returned as text.
-// reduction: see describe_reduction.
+// Environment in which bits are promised. reduction: see describe_reduction.
 nlohmann::json describe_environment(const RunOptions& options, const std::string& reduction);
-std::vector<std::string> environment_differences(const nlohmann::json& stored, const nlohmann::json& now);
+// What differs as text, "threads_per_rank: 1 before, 2 now". The kernels' instructions count in bf16 only, see
+// instruction_set().
+struct EnvironmentWords {
+  std::string first = "before", second = "now";
+};
+std::vector<std::string> environment_differences(const nlohmann::json& first, const nlohmann::json& second,
+                                                 const EnvironmentWords& words = {});
+// Collective. One warning where ranks compute in different environments.
+void warn_of_different_environments(const nlohmann::json& own, Communicator& world);
 
 struct RunState {
   RunIdentity identity;

@@ -83,6 +83,7 @@ int TrainRun::run() {
   check_same_options(options_, world_);
   check_precision(options_.train);
   parallel_ = parallel_options(options_.train, world_);
+  warn_of_different_environments(environment(), world_);
   prepare_output_dir();
   find_run_to_resume();
   choose_bucket_size(options_.train, world_, parallel_);

@@ -3,10 +3,12 @@
 #include <filesystem>
 #include <fstream>
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
 #include "core/error.hpp"
+#include "kernels/instruction_set.hpp"
 #include "tests/support/error_of.hpp"
 #include "tests/support/tiny_run.hpp"
 #include "trainer/build.hpp"
@@ -130,6 +132,21 @@ TEST(Environment, ADifferentOrderOfSumsIsADifference) {
   EXPECT_EQ(differences.front(), "reduction: \"fast, zero3 on 4 ranks\" before, \"fast, zero3 on 3 ranks\" now");
   EXPECT_EQ(environment_differences(tree, described(ReductionOrder::fast, 4)).size(), 1U);
   EXPECT_EQ(environment_differences(described(ReductionOrder::fast, 4), tree).size(), 1U);
+}
+
+TEST(Environment, OtherInstructionsOfTheKernelsAreADifferenceInBf16) {
+  for (const bool is_bf16 : {false, true}) {
+    RunOptions options;
+    options.train.bf16 = is_bf16;
+    const auto now = describe_environment(options, "tree");
+    EXPECT_EQ(now.at("kernels"), name_of(instruction_set()));
+    auto before = now;
+    before["kernels"] = "abacus";
+    const auto differences = environment_differences(before, now);
+    ASSERT_EQ(differences.size(), is_bf16 ? 1U : 0U);
+    if (!is_bf16) continue;
+    EXPECT_EQ(differences.front(), fmt::format("kernels: \"abacus\" before, \"{}\" now", name_of(instruction_set())));
+  }
 }
 
 TEST(LoadedModel, ClassesWithoutNamesInTheConfigAreHuggingFacesDefaults) {
