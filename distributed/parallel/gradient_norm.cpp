@@ -1,43 +1,49 @@
 #include "distributed/parallel/gradient_norm.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include "core/error.hpp"
+#include "kernels/sum_of_squares.hpp"
 
 namespace shardtune {
 namespace {
 
-void append_block_sums(const ShardedParameter& p, std::vector<double>& out) {
+struct Block {
+  const float* values;
+  std::int64_t begin;  // in all blocks together
+  std::int64_t count;
+};
+
+void append_blocks(const ShardedParameter& p, std::vector<Block>& blocks) {
   const at::Tensor slice = p.slice_of(p.gradient);
-  const float* values = slice.const_data_ptr<float>();
+  const auto* values = slice.const_data_ptr<float>();
   const std::int64_t block = block_numel(p.layout.numel());
   for (std::int64_t first = 0; first < slice.numel(); first += block) {
-    out.push_back(sum_of_squares(values + first, std::min(block, slice.numel() - first)));
+    const std::int64_t begin = blocks.empty() ? 0 : blocks.back().begin + blocks.back().count;
+    blocks.push_back({values + first, begin, std::min(block, slice.numel() - first)});
   }
+}
+
+// Threads get equal numbers of elements, blocks differ in size. Every block is summed by one thread.
+at::Tensor sums_of(const std::vector<Block>& blocks) {
+  constexpr std::int64_t kGrain = 1 << 16;
+  at::Tensor sums = at::empty({std::ssize(blocks)}, at::kDouble);
+  auto* const out = sums.mutable_data_ptr<double>();
+  const std::int64_t numel = blocks.empty() ? 0 : blocks.back().begin + blocks.back().count;
+  at::parallel_for(0, numel, kGrain, [&](std::int64_t begin, std::int64_t end) {
+    auto block = std::lower_bound(blocks.begin(), blocks.end(), begin,
+                                  [](const Block& b, std::int64_t element) { return b.begin < element; });
+    for (; block != blocks.end() && block->begin < end; ++block)
+      out[block - blocks.begin()] = sum_of_squares(block->values, block->count);
+  });
+  return sums;
 }
 
 }  // namespace
-
-double sum_of_squares(const float* values, std::int64_t count) noexcept {
-  constexpr std::int64_t kLanes = 8;
-  std::array<double, kLanes> lanes{};
-  std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (std::int64_t lane = 0; lane < kLanes; ++lane) {
-      const double value = values[i + lane];
-      lanes[static_cast<std::size_t>(lane)] += value * value;
-    }
-  }
-  for (std::int64_t lane = 0; i + lane < count; ++lane) {
-    const double value = values[i + lane];
-    lanes[static_cast<std::size_t>(lane)] += value * value;
-  }
-  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
-}
 
 double tree_sum(std::vector<double> values) noexcept {
   if (values.empty()) return 0.0;
@@ -52,20 +58,18 @@ double tree_sum(std::vector<double> values) noexcept {
 }
 
 double gradient_norm(Communicator& world, std::span<ShardedParameter* const> parameters) {
-  std::vector<double> own;
+  std::vector<Block> own;
   std::vector<std::int64_t> counts(static_cast<std::size_t>(world.size()), 0);
   std::int64_t num_blocks = 0;
   for (const ShardedParameter* p : parameters) {
     check_internal(p->gradient.defined(), "gradient_norm: a gradient is missing");
-    append_block_sums(*p, own);
+    append_blocks(*p, own);
     for (int rank = 0; rank < world.size(); ++rank)
       counts[static_cast<std::size_t>(rank)] += p->layout.num_blocks_of(rank);
     num_blocks += p->layout.num_blocks();
   }
-  at::Tensor in = at::empty({static_cast<std::int64_t>(own.size())}, at::kDouble);
-  std::copy(own.begin(), own.end(), in.mutable_data_ptr<double>());
   const at::Tensor all = at::empty({num_blocks}, at::kDouble);
-  world.all_gather(all, in, counts).wait();
+  world.all_gather(all, sums_of(own), counts).wait();
   // Received by rank, then by parameter; wanted by parameter, then by rank (which is block order).
   std::vector<const double*> next_of_rank;
   const double* start = all.const_data_ptr<double>();

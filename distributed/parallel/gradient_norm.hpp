@@ -11,15 +11,12 @@
 
 namespace shardtune {
 
-// Sum of squares of `count` fp32 values, in double: eight interleaved sums, added pairwise. (The square of a float is
-// exact in double, so fused multiply-add or not gives the same bits.)
-double sum_of_squares(const float* values, std::int64_t count) noexcept;
-
 // Pairwise: neighbours are added until one value is left; an odd last one moves up. 0 for no values.
 double tree_sum(std::vector<double> values) noexcept;
 
 // Collective; all ranks get the same bits. Every parameter must have its gradient (ShardedParameter::gradient).
-// Infinite or NaN when a gradient is.
+// Infinite or NaN when a gradient is. Blocks are shared out over
+// ATen's threads.
 double gradient_norm(Communicator& world, std::span<ShardedParameter* const> parameters);
 
 // torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6)); max_norm <= 0 means no clipping (factor 1).

@@ -23,6 +23,7 @@
 #include "kernels/norm.hpp"
 #include "kernels/rope.hpp"
 #include "kernels/sgd.hpp"
+#include "kernels/sum_of_squares.hpp"
 #include "tests/kernels/support.hpp"
 
 namespace shardtune::testing {
@@ -103,6 +104,8 @@ void add_optimizers(Digest& digest, std::int64_t numel) {
 
 std::string digest_of_all_kernels() {
   Digest digest;
+  for (std::int64_t numel = 0; numel < 40; ++numel)
+    digest.add(at::full({1}, sum_of_squares(random_tensor(9, {40}).const_data_ptr<float>(), numel), at::kDouble));
   for (const std::int64_t width : {5, 16, 33, 200, 1003})
     for (const at::ScalarType dtype : kDtypes) add_kernels(digest, width, dtype);
   for (const std::int64_t numel : {1, 37, 1003}) add_optimizers(digest, numel);

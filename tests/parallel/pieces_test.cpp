@@ -2,11 +2,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <deque>
 #include <functional>
 #include <map>
 #include <set>
+#include <vector>
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
 #include "core/error.hpp"
@@ -19,6 +22,7 @@
 #include "distributed/parallel/round_schedule.hpp"
 #include "distributed/parallel/sharding_plan.hpp"
 #include "distributed/parallel/tree_accumulator.hpp"
+#include "kernels/sum_of_squares.hpp"
 #include "tests/support/error_of.hpp"
 
 namespace shardtune {
@@ -271,6 +275,48 @@ TEST(GradientNorm, SumsOfSquaresAreExactToDoubleRounding) {
   const double wanted = values.to(at::kDouble).square().sum().item<double>();
   EXPECT_NEAR(sum_of_squares(values.const_data_ptr<float>(), values.numel()), wanted, 1e-12 * wanted);
   EXPECT_EQ(sum_of_squares(nullptr, 0), 0.0);
+}
+
+TEST(GradientNorm, SquaresAreAddedInEightInterleavedSums) {
+  const at::Tensor tensor = random_tensor(6, 1003);
+  const auto* values = tensor.const_data_ptr<float>();
+  for (const std::int64_t count : {1, 7, 8, 9, 256, 1003}) {
+    double sums[8] = {};
+    for (std::int64_t i = 0; i < count; ++i) sums[i % 8] += double{values[i]} * double{values[i]};
+    const double left = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    EXPECT_EQ(sum_of_squares(values, count), left + ((sums[4] + sums[5]) + (sums[6] + sums[7]))) << count;
+  }
+}
+
+// Parameters of one block, of many and of none on this rank; more elements than one thread takes.
+TEST(GradientNorm, HasTheSameBitsForAnyNumberOfThreads) {
+  const int threads_before = at::get_num_threads();
+  double wanted = 0.0;
+  for (const int ranks : {1, 3}) {
+    for (const int threads : {1, 2, 3}) {
+      run_thread_ranks(ranks, [&](Communicator& world) {
+        at::set_num_threads(threads);
+        const RankGrid grid(world, find_sharding_plan("zero1"), 0);
+        std::deque<Parameter> sources;
+        std::deque<ShardedParameter> parameters;
+        std::vector<ShardedParameter*> pointers;
+        for (const std::int64_t numel : {3, 700001, 256, 1200000, 5}) {
+          sources.emplace_back().shape = {numel};
+          ShardedParameter& p = parameters.emplace_back(sources.back(), grid);
+          p.master_offset = p.slice_offset();
+          p.gradient =
+              random_tensor(static_cast<std::uint64_t>(numel), numel).narrow(0, p.slice_offset(), p.slice_numel());
+          pointers.push_back(&p);
+        }
+        const double norm = gradient_norm(world, pointers);
+        if (world.rank() != 0) return;
+        if (wanted == 0.0) wanted = norm;
+        EXPECT_EQ(norm, wanted) << ranks << " ranks, " << threads << " threads";
+      });
+    }
+  }
+  EXPECT_NEAR(wanted, std::sqrt(1900265.0), 0.01 * wanted);
+  at::set_num_threads(threads_before);
 }
 
 TEST(GradientNorm, TreeSumIsPairwise) {
