@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -84,10 +85,13 @@ void choose_bucket_size(const TrainOptions& train, Communicator& world, Parallel
     return;
   }
   const std::vector<std::string> hosts = all_gather_strings(world, host_name());
+  const char* transport = std::getenv("SHARDTUNE_COMM");
   const BucketSizeKey key{.host = hosts.front(),
                           .version = SHARDTUNE_VERSION,
                           .num_ranks = world.size(),
-                          .ranks_per_node = static_cast<int>(std::count(hosts.begin(), hosts.end(), hosts.front()))};
+                          .ranks_per_node = static_cast<int>(std::count(hosts.begin(), hosts.end(), hosts.front())),
+                          .is_all_reduce = parallel.plan.shard_axis == MeshAxis::self,
+                          .transport = transport != nullptr && *transport != '\0' ? transport : "auto"};
   const BucketSizeChoice choice = choose_bucket_bytes(world, key, user_cache_directory());
   parallel.bucket_bytes = choice.bytes;
   log::info("communication buffers of {} MiB ({})", choice.bytes >> 20, choice.reason);

@@ -50,8 +50,9 @@ std::int64_t broadcast_from_first(Communicator& world, std::int64_t value) {
 // pieces of one buffer. Collective.
 class Trial {
  public:
-  explicit Trial(Communicator& world)
+  Trial(Communicator& world, bool is_all_reduce)
       : world_(world),
+        is_all_reduce_(is_all_reduce),
         gradient_(at::zeros({kUnitBytes / 4}, at::kFloat)),
         memory_(world.make_buffer(kUnitBytes, at::kByte)),
         nodes_{.of_ranks = {}, .num_leaves = world.size(), .dtype = at::kFloat} {
@@ -65,29 +66,50 @@ class Trial {
     pool.set_size({bucket_bytes, static_cast<int>(std::max(kUnitBytes / bucket_bytes, std::int64_t{2}))});
     for (std::int64_t at = 0; at + pool.bucket_bytes() <= memory_.numel(); at += pool.bucket_bytes())
       pool.give_back(memory_.narrow(0, at, pool.bucket_bytes()));
-    const ReductionAxis axis{world_, pool,
-                             std::vector<std::int64_t>(nodes_.of_ranks.size(), unit_bytes / 4 / world_.size())};
-    std::vector<Pieces> parts;
-    for (std::size_t rank = 0; rank < axis.counts.size(); ++rank)
-      parts.push_back({gradient_.narrow(0, static_cast<std::int64_t>(rank) * axis.counts[rank], axis.counts[rank])});
     world_.barrier();
     const auto start = Clock::now();
-    TreeExchange(axis, nodes_, std::move(parts)).finish();
+    is_all_reduce_ ? all_reduce(pool, unit_bytes / 4) : reduce_to_owners(pool, unit_bytes / 4);
     world_.barrier();
     return seconds_since(start);
   }
 
  private:
+  void reduce_to_owners(BucketPool& pool, std::int64_t numel) {
+    const ReductionAxis axis{world_, pool, std::vector<std::int64_t>(nodes_.of_ranks.size(), numel / world_.size())};
+    std::vector<Pieces> parts;
+    for (std::size_t rank = 0; rank < axis.counts.size(); ++rank)
+      parts.push_back({gradient_.narrow(0, static_cast<std::int64_t>(rank) * axis.counts[rank], axis.counts[rank])});
+    TreeExchange(axis, nodes_, std::move(parts)).finish();
+  }
+
+  void all_reduce(BucketPool& pool, std::int64_t numel) {
+    const std::int64_t per_chunk = pool.numel_per_rank(at::kFloat) * world_.size();
+    const Pieces gradient = {gradient_.narrow(0, 0, numel)};
+    const auto place = [=](std::int64_t chunk, const at::Tensor& bucket) {
+      return bucket.view(at::kFloat).narrow(0, 0, counts_of_chunk({numel}, chunk, per_chunk).front());
+    };
+    BucketStream::Steps steps;
+    steps.start = [=, this](std::int64_t chunk, const at::Tensor& bucket) {
+      copy_out(gradient, chunk * per_chunk, place(chunk, bucket));
+      return world_.all_reduce(place(chunk, bucket), ReduceOp::sum);
+    };
+    steps.finish = [=](std::int64_t chunk, const at::Tensor& bucket) {
+      copy_in(gradient, chunk * per_chunk, place(chunk, bucket));
+    };
+    BucketStream(pool, num_chunks({numel}, per_chunk), std::move(steps)).finish();
+  }
+
   Communicator& world_;
+  bool is_all_reduce_;
   at::Tensor gradient_;
   at::Tensor memory_;
   TreeExchange::Nodes nodes_;
 };
 
 // The best candidate on rank 0, who also decides when it has been enough.
-BucketSizeChoice measure(Communicator& world) {
+BucketSizeChoice measure(Communicator& world, bool is_all_reduce) {
   const auto start = Clock::now();
-  Trial trial(world);
+  Trial trial(world, is_all_reduce);
   (void)trial.seconds(kMiB, kMiB);  // touches the memory
   const double estimate = trial.seconds(kMiB, kMiB) * kUnitBytes / kMiB * kCandidates.size();
   if (broadcast_from_first(world, estimate > kMaxSeconds ? 1 : 0) != 0)
@@ -113,7 +135,9 @@ nlohmann::json to_json(const BucketSizeKey& key) {
   return {{"host", key.host},
           {"version", key.version},
           {"num_ranks", key.num_ranks},
-          {"ranks_per_node", key.ranks_per_node}};
+          {"ranks_per_node", key.ranks_per_node},
+          {"is_all_reduce", key.is_all_reduce},
+          {"transport", key.transport}};
 }
 
 std::optional<std::int64_t> read_kept(const BucketSizeKey& key, const fs::path& file) {
@@ -171,7 +195,7 @@ BucketSizeChoice choose_bucket_bytes(Communicator& world, const BucketSizeKey& k
   const fs::path file = is_keeper ? bucket_size_file(key, directory) : fs::path();
   const std::int64_t kept = broadcast_from_first(world, is_keeper ? read_kept(key, file).value_or(0) : 0);
   if (kept != 0) return {kept, fmt::format("as measured before, {}", file.string())};
-  BucketSizeChoice choice = measure(world);
+  BucketSizeChoice choice = measure(world, key.is_all_reduce);
   if (is_keeper && keep(key, file, choice.bytes)) choice.reason += fmt::format(", kept in {}", file.string());
   return choice;
 }

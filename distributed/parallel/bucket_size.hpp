@@ -14,6 +14,9 @@ struct BucketSizeKey {
   std::string version;  // of the program
   int num_ranks = 1;
   int ranks_per_node = 1;  // on rank 0's host
+  // What training does most: an all_reduce of whole gradients (ddp), or reductions to their owners.
+  bool is_all_reduce = false;
+  std::string transport = "auto";  // SHARDTUNE_COMM
 };
 
 struct BucketSizeChoice {
@@ -23,8 +26,9 @@ struct BucketSizeChoice {
 
 // Collective; only speed depends on the result, which is the same on every rank: rank 0 decides. Reads what an earlier
 // job with the same key has left in `directory`; without such a file it measures for about a tenth of a second, and
-// leaves one. Files that are broken, of another key or out of range are ignored and replaced; where `directory` (empty:
-// none) can be neither read nor written, every job measures. Only rank 0 touches files.
+// leaves one. It measures the key's operation over all ranks (also for hsdp, which reduces over groups of them). Files
+// that are broken, of another key or out of range are ignored and replaced; where `directory` (empty: none) can be
+// neither read nor written, every job measures. Only rank 0 touches files.
 BucketSizeChoice choose_bucket_bytes(Communicator& world, const BucketSizeKey& key,
                                      const std::filesystem::path& directory);
 

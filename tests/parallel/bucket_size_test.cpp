@@ -12,6 +12,7 @@
 #include "distributed/comm/thread_group.hpp"
 #include "distributed/parallel/bucket_pool.hpp"
 #include "distributed/parallel/bucket_size.hpp"
+#include "tests/parallel/wrapping_communicator.hpp"
 
 namespace shardtune {
 namespace {
@@ -70,6 +71,30 @@ TEST_F(BucketSize, IsMeasuredOnceAndThenRead) {
   EXPECT_EQ(std::distance(fs::directory_iterator(directory_), fs::directory_iterator()), 2) << "files left behind";
 }
 
+// What moves more than a word is what training moves.
+TEST_F(BucketSize, IsMeasuredByTheOperationOfThePlan) {
+  for (const bool is_all_reduce : {false, true}) {
+    std::vector<std::int64_t> num_calls(2);
+    run_thread_ranks(2, [&](Communicator& inner) {
+      toy::CommunicatorHooks hooks;
+      std::int64_t& mine = num_calls[static_cast<std::size_t>(inner.rank())];
+      hooks.before = [&](const std::string& operation, const at::Tensor& sent) {
+        const bool is_expected = operation == (is_all_reduce ? "all_reduce" : "reduce_scatter");
+        if (is_expected && sent.numel() > 1000) ++mine;
+        if (!is_expected) {
+          EXPECT_LE(sent.numel(), 1) << operation;
+        }
+      };
+      toy::WrappingCommunicator world(inner, hooks);
+      BucketSizeKey key = key_of(2);
+      key.is_all_reduce = is_all_reduce;
+      EXPECT_TRUE(is_candidate(choose_bucket_bytes(world, key, {}).bytes));
+    });
+    EXPECT_GT(num_calls[0], 1);
+    EXPECT_EQ(num_calls[1], num_calls[0]);
+  }
+}
+
 TEST_F(BucketSize, IsMeasuredAgainWhereTheFileIsNoGood) {
   (void)choose(2, directory_);
   const std::string good = read_file(file_of(2));
@@ -114,7 +139,8 @@ TEST_F(BucketSize, OfEveryKeyHasAFileOfItsOwn) {
   std::vector<fs::path> files;
   for (const BucketSizeKey& other :
        {key, BucketSizeKey{"b/../c", key.version, 2, 2}, BucketSizeKey{key.host, "2", 2, 2},
-        BucketSizeKey{key.host, key.version, 4, 2}, BucketSizeKey{key.host, key.version, 2, 1}}) {
+        BucketSizeKey{key.host, key.version, 4, 2}, BucketSizeKey{key.host, key.version, 2, 1},
+        BucketSizeKey{key.host, key.version, 2, 2, true}, BucketSizeKey{key.host, key.version, 2, 2, false, "mpi"}}) {
     files.push_back(bucket_size_file(other, directory_));
     EXPECT_EQ(files.back().parent_path(), directory_);
   }
