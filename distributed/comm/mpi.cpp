@@ -74,6 +74,9 @@ MpiEnvironment::MpiEnvironment(int* argc, char*** argv) : impl_(std::make_shared
   int is_initialized = 0;
   check_mpi(MPI_Initialized(&is_initialized), "MPI_Initialized");
   check_internal(is_initialized == 0, "MpiEnvironment: MPI is running already; one environment per process");
+  // Open MPI's waits poll. With more busy threads than cores they must let others compute; a core that nobody else
+  // wants comes back at once. What the user says counts.
+  (void)::setenv("OMPI_MCA_mpi_yield_when_idle", "1", /*overwrite=*/0);
   int provided = MPI_THREAD_SINGLE;
   check_mpi(MPI_Init_thread(argc, argv, MPI_THREAD_SERIALIZED, &provided), "MPI_Init_thread");
   return_errors(MPI_COMM_WORLD);

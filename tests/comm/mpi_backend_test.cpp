@@ -29,6 +29,11 @@ TEST(MpiCommunicator, MovesBytesAsTheRunIsMeantTo) {
   EXPECT_EQ(describe_transport(mpi_world()), mpi_world().size() > 1 ? expected : "self");
 }
 
+TEST(MpiEnvironment, MakesWaitsInMpiYieldUnlessToldOtherwise) {
+  const char* expected = std::getenv("SHARDTUNE_EXPECTED_YIELD");
+  EXPECT_STREQ(std::getenv("OMPI_MCA_mpi_yield_when_idle"), expected != nullptr ? expected : "1");
+}
+
 TEST(MpiCommunicator, PassesTheConformanceSuiteOnTensorsInBuffers) {
   const auto buffered = conformance::make_buffered_communicator(mpi_world(), /*uses_buffers=*/true);
   conformance::run_all(*buffered);
