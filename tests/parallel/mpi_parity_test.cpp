@@ -1,13 +1,22 @@
-// A third of the parity matrix between processes, at each rank count the test is started with.
+// A third of the parity matrix between processes, at each rank count and over each transport the test is started with.
+#include <cstdlib>
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
+#include "distributed/comm/transport_seams.hpp"
 #include "tests/parallel/parity_cases.hpp"
 #include "tests/support/mpi_test.hpp"
 
 namespace shardtune::toy {
 namespace {
+
+TEST(MpiParity, RunsOverTheTransportThatItIsMeantFor) {
+  const char* expected = std::getenv("SHARDTUNE_EXPECTED_TRANSPORT");
+  ASSERT_NE(expected, nullptr);
+  EXPECT_EQ(describe_transport(mpi_world()), expected);
+}
 
 TEST(MpiParity, FinalWeightsHaveTheBitsOfOneRank) {
   at::set_num_threads(1);
