@@ -64,8 +64,12 @@ CommunicatorHooks spoiling_hooks(Bug bug, at::ScalarType dtype, std::int64_t own
     const bool is_reduction = operation == "all_to_all" || operation == "reduce_scatter" || operation == "all_reduce";
     const bool is_hit = (bug == Bug::gather_bit_flipped && operation == "all_gather") ||
                         (bug == Bug::reduction_bit_flipped && is_reduction);
-    if (!is_hit || out.scalar_type() != dtype || out.numel() < 1000 || ++seen->num != 4) return;
-    flip_sign(out.flatten()[out.abs().argmax().item<std::int64_t>()]);
+    if (!is_hit || !out.is_floating_point() || out.numel() < 1000 || ++seen->num != 4) return;
+    const at::Tensor elements = out.flatten();
+    if (bug == Bug::reduction_bit_flipped) return flip_sign(elements[out.abs().argmax().item<std::int64_t>()]);
+    // Of two different ranks: what a rank has gathered of itself it does not use.
+    flip_sign(elements[0]);
+    flip_sign(elements[out.numel() - 1]);
   };
   hooks.before = [=](const std::string& operation, const at::Tensor&) {
     if (bug != Bug::copy_bit_flipped || operation != "all_reduce" || seen->copies.empty() || seen->num++ > 0) return;
@@ -143,10 +147,15 @@ TEST(Parity, HoldsWithoutSharedMemoryAndInSmallBuckets) {
   }
 }
 
-TEST(PlantedBug, TurnsTheMatrixRedUnderEveryPlan) {
+class PlantedBug : public testing::TestWithParam<int> {};
+
+TEST_P(PlantedBug, TurnsTheMatrixRedUnderEveryPlan) {
   at::set_num_threads(1);
-  const ToyRun base = parity_rows()[0].base;
-  const Tensors wanted = train(base);
+  const ParityRow row = parity_rows()[static_cast<std::size_t>(GetParam())];
+  const Tensors wanted = train(row.base);
+  ToyRun base = row.base;
+  base.recompute = row.recompute.back();
+  if (GetParam() == 0) base.recompute = row.recompute.front();
   for (const std::string& plan : all_plans()) {
     for (const Bug bug : {Bug::gradient_scaled, Bug::gradient_slice_lost, Bug::gather_bit_flipped,
                           Bug::copy_bit_flipped, Bug::reduction_bit_flipped}) {
@@ -156,6 +165,9 @@ TEST(PlantedBug, TurnsTheMatrixRedUnderEveryPlan) {
     }
   }
 }
+
+// The plainest row; and bf16, three micro-batches per rank, every second unit recomputed but for its attention.
+INSTANTIATE_TEST_SUITE_P(Rows, PlantedBug, testing::Values(0, 3), name_of);
 
 }  // namespace
 }  // namespace shardtune::toy
