@@ -1,11 +1,14 @@
 // Bad input is normal: each case ends with the documented exit code and one message that names what to mend.
+#include <array>
 #include <fstream>
 #include <functional>
+#include <sstream>
 #include <tuple>
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include "kernels/instruction_set.hpp"
 #include "tests/support/tiny_run.hpp"
 
 namespace shardtune {
@@ -214,6 +217,72 @@ TEST_F(BadInput, RanksStartedWithDifferentConfigurations) {
   const std::string b = fmt::format("{} train {} --learning_rate 2e-3", shardtune_binary(), arguments());
   const std::string mpirun = mpirun_command(1);
   expect_failure(fmt::format("{} {} : -n 1 {}", mpirun, a, b), 2, {"learning_rate", "0.001", "0.002", "rank 1"});
+}
+
+TEST_F(BadInput, RanksStartedWithDifferentPlans) {
+  const std::string same = fmt::format("{} train {}", shardtune_binary(), arguments());
+  for (const auto& [first, second, option] : std::vector<std::array<std::string, 3>>{
+           {"--sharding zero3", "--sharding ddp", "sharding"},
+           {"--sharding hsdp --hsdp_shard_size 2", "--sharding hsdp --hsdp_shard_size 1", "hsdp_shard_size"},
+           {"--fsdp full_shard", "--fsdp shard_grad_op", "fsdp"}})
+    expect_failure(fmt::format("{} {} {} : -n 1 {} {}", mpirun_command(1), same, first, same, second), 2,
+                   {"--" + option, "different configurations", "on rank 0", "on rank 1", "give all ranks the same"});
+}
+
+TEST_F(BadInput, HsdpShardSizeThatDoesNotFit) {
+  expect_train_failure("--sharding hsdp --hsdp_shard_size 3", 2,
+                       {"--hsdp_shard_size = 3", "does not divide", "choose a divisor"});
+  expect_train_failure("--sharding hsdp --hsdp_shard_size 4294967298", 2,
+                       {"--hsdp_shard_size = 4294967298", "1000000"});
+  expect_train_failure("--sharding zero3 --hsdp_shard_size 1", 2,
+                       {"--hsdp_shard_size = 1", "needs --sharding hsdp", "leave the option out"});
+}
+
+TEST_F(BadInput, Fp16OnAProcessorWithoutIt) {
+  if (half_precision().has_fp16) {
+    const CommandResult result = run_command(fmt::format("{} train {} --fp16", shardtune_binary(), arguments()));
+    EXPECT_EQ(result.exit_code, 0) << result.output;
+  } else {
+    expect_train_failure("--fp16", 2, {"--fp16 true", "no fp16 arithmetic", "use --bf16 true"});
+  }
+}
+
+TEST_F(BadInput, FrozenWeightsThatCannotBeSharedAreNamedOnce) {
+  expect_train_failure("--sharding zero3 --share_frozen_weights", 2,
+                       {"--share_frozen_weights = true", "zero3", "use ddp"});
+  const auto warnings = [&](const std::string& environment, const std::string& freeze) {
+    const CommandResult result =
+        run_command(fmt::format("{} {} {} train {} --overwrite_output_dir --share_frozen_weights {}", environment,
+                                mpirun_command(2), shardtune_binary(), arguments(), freeze));
+    EXPECT_EQ(result.exit_code, 0) << result.output;
+    std::vector<std::string> lines;
+    std::istringstream output(result.output);
+    for (std::string line; std::getline(output, line);)
+      if (line.find("--share_frozen_weights") != std::string::npos) lines.push_back(line);
+    return lines;
+  };
+  const std::string freeze = "--freeze 'bert.embeddings.*'";
+  EXPECT_TRUE(warnings("", freeze).empty());
+  const auto nothing = warnings("", "");
+  ASSERT_EQ(nothing.size(), 1U);
+  EXPECT_NE(nothing.front().find("nothing is frozen"), std::string::npos) << nothing.front();
+  const auto refused = warnings("SHARDTUNE_COMM=mpi", freeze);
+  ASSERT_EQ(refused.size(), 1U);
+  EXPECT_NE(refused.front().find("no shared memory"), std::string::npos) << refused.front();
+}
+
+// Not refused: what comes out is a good model, but no other machine will give its bits.
+TEST_F(BadInput, RanksOnDifferentProcessorsAreNamedOnce) {
+  ASSERT_NE(best_instruction_set(), InstructionSet::portable);
+  const std::string rank = fmt::format("{} train {} --bf16", shardtune_binary(), arguments());
+  const CommandResult result =
+      run_command(fmt::format("{} {} : -n 1 env SHARDTUNE_ISA=portable {}", mpirun_command(1), rank, rank));
+  EXPECT_EQ(result.exit_code, 0) << result.output;
+  const std::string wanted =
+      fmt::format("kernels: \"{}\" on rank 0, \"portable\" on rank 1", name_of(best_instruction_set()));
+  const std::size_t found = result.output.find(wanted);
+  ASSERT_NE(found, std::string::npos) << result.output;
+  EXPECT_EQ(result.output.find("different conditions", found), std::string::npos) << result.output;
 }
 
 TEST_F(BadInput, FreezePatternThatMatchesNothing) {
