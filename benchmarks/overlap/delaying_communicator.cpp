@@ -61,8 +61,12 @@ class Lane {
 class DelayingCommunicator final : public Communicator {
  public:
   DelayingCommunicator(Communicator& inner, std::unique_ptr<Communicator> owned, std::shared_ptr<Lane> lane,
-                       Delay& delay)
-      : inner_(inner), owned_(std::move(owned)), lane_(std::move(lane)), delay_(delay) {}
+                       Delay& delay, bool has_shared_memory)
+      : inner_(inner),
+        owned_(std::move(owned)),
+        lane_(std::move(lane)),
+        delay_(delay),
+        has_shared_memory_(has_shared_memory) {}
 
   int rank() const override { return inner_.rank(); }
   int size() const override { return inner_.size(); }
@@ -90,11 +94,22 @@ class DelayingCommunicator final : public Communicator {
   void barrier() override {
     lane_->submit([this] { inner_.barrier(); }).wait();
   }
+  // Made once, before anything is measured: no delay. What ranks write into memory in common travels no further.
+  at::Tensor make_buffer(std::int64_t numel, at::ScalarType dtype) override {
+    at::Tensor made;
+    lane_->submit([&] { made = inner_.make_buffer(numel, dtype); }).wait();
+    return made;
+  }
+  at::Tensor make_shared(std::int64_t numel, at::ScalarType dtype) override {
+    at::Tensor made;
+    if (has_shared_memory_) lane_->submit([&] { made = inner_.make_shared(numel, dtype); }).wait();
+    return made;
+  }
   std::unique_ptr<Communicator> split(int color, int key) override {
     std::unique_ptr<Communicator> part;
     lane_->submit([&] { part = inner_.split(color, key); }).wait();
     Communicator& reference = *part;
-    return std::make_unique<DelayingCommunicator>(reference, std::move(part), lane_, delay_);
+    return std::make_unique<DelayingCommunicator>(reference, std::move(part), lane_, delay_, has_shared_memory_);
   }
 
  private:
@@ -118,12 +133,13 @@ class DelayingCommunicator final : public Communicator {
   std::unique_ptr<Communicator> owned_;
   std::shared_ptr<Lane> lane_;
   Delay& delay_;
+  bool has_shared_memory_;
 };
 
 }  // namespace
 
-std::unique_ptr<Communicator> make_delaying_communicator(Communicator& inner, Delay& delay) {
-  return std::make_unique<DelayingCommunicator>(inner, nullptr, std::make_shared<Lane>(), delay);
+std::unique_ptr<Communicator> make_delaying_communicator(Communicator& inner, Delay& delay, bool has_shared_memory) {
+  return std::make_unique<DelayingCommunicator>(inner, nullptr, std::make_shared<Lane>(), delay, has_shared_memory);
 }
 
 }  // namespace shardtune::benchmark

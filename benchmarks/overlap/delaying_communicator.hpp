@@ -16,7 +16,8 @@ struct Delay {
 };
 
 // `inner` and `delay` outlive it; `inner` must be used through it only. All operations of all its splits run on one
-// thread in the order of their issue, as in an MPI process.
-std::unique_ptr<Communicator> make_delaying_communicator(Communicator& inner, Delay& delay);
+// thread in the order of their issue, as in an MPI process. has_shared_memory: whether make_shared() gives what `inner`
+// has (false: nothing, as between machines).
+std::unique_ptr<Communicator> make_delaying_communicator(Communicator& inner, Delay& delay, bool has_shared_memory);
 
 }  // namespace shardtune::benchmark

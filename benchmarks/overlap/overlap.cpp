@@ -21,12 +21,15 @@
 namespace shardtune::benchmark {
 namespace {
 
+// Of a plan: weights are gathered by messages, as between machines, not written into memory in common.
+constexpr std::string_view kGathered = "-gathered";
+
 struct Settings {
   std::vector<std::string> plans;
   double share = 0.5;
   int num_layers = 24;
   int num_tokens = 256;
-  int num_rounds = 7;
+  int num_rounds = 15;
   int num_ranks = 2;
 };
 
@@ -34,6 +37,7 @@ struct Result {
   double plain_seconds = 0.0;
   double delayed_seconds = 0.0;
   double injected_seconds = 0.0;
+  double exposed = 0.0;  // of what is injected
   double num_bytes = 0.0;
 };
 
@@ -86,34 +90,37 @@ double step_seconds(ParallelEngine& engine, Model& model, const Batch& batch, Co
 void measure_on_rank(const Settings& settings, const std::string& plan, Communicator& inner, Result& result) {
   at::set_num_threads(1);
   Delay delay;
-  const std::unique_ptr<Communicator> world = make_delaying_communicator(inner, delay);
+  const bool is_gathered = plan.ends_with(kGathered);
+  const std::string plan_name = is_gathered ? plan.substr(0, plan.size() - kGathered.size()) : plan;
+  const std::unique_ptr<Communicator> world = make_delaying_communicator(inner, delay, !is_gathered);
   const std::unique_ptr<Model> model = make_llama_like(settings.num_layers);
-  ParallelEngine engine(model->units(), *world, {.plan = find_sharding_plan(plan), .hsdp_shard_size = 1});
+  ParallelEngine engine(model->units(), *world, {.plan = find_sharding_plan(plan_name), .hsdp_shard_size = 1});
   for (ShardedParameter* p : engine.parameters())
     initialize_slice(*p->parameter, 1, p->slice_offset(), p->slice_of(p->master));
   engine.weights_loaded();
   const Batch batch = make_batch(settings.num_tokens);
-  std::vector<double> plain, delayed;
-  for (int i = 0; i < 2; ++i) step_seconds(engine, *model, batch, *world);  // the first steps make buffers
-  for (int i = 0; i < 5; ++i) plain.push_back(step_seconds(engine, *model, batch, *world));
+  for (int i = 0; i < 3; ++i) step_seconds(engine, *model, batch, *world);  // the first steps make buffers
   delay.num_bytes = 0;
   step_seconds(engine, *model, batch, *world);
-  // Rank 0 decides for all: the rate at which a step's bytes take the wanted share of its time.
-  at::Tensor shared = at::tensor({median(plain), static_cast<double>(delay.num_bytes)}, at::kDouble);
-  world->broadcast(shared, 0).wait();
-  const double num_bytes = shared[1].item<double>();
-  const double rate = num_bytes / (settings.share * shared[0].item<double>());
-  plain.clear();
+  const auto num_bytes = static_cast<double>(delay.num_bytes);
+  std::vector<double> plain, delayed, injected, exposed;
   for (int i = 0; i < settings.num_rounds; ++i) {
     plain.push_back(step_seconds(engine, *model, batch, *world));
-    delay.bytes_per_second = rate;
+    // Rank 0 decides for all: the rate at which a step's bytes take the wanted share of the step just measured.
+    at::Tensor rate = at::full({1}, num_bytes / (settings.share * plain.back()), at::kDouble);
+    world->broadcast(rate, 0).wait();
+    delay.injected_ns = 0;
+    delay.bytes_per_second = rate.item<double>();
     delayed.push_back(step_seconds(engine, *model, batch, *world));
     delay.bytes_per_second = 0.0;
+    injected.push_back(1e-9 * static_cast<double>(delay.injected_ns));
+    exposed.push_back((delayed.back() - plain.back()) / injected.back());
   }
   if (world->rank() != 0) return;
   result = {.plain_seconds = median(plain),
             .delayed_seconds = median(delayed),
-            .injected_seconds = 1e-9 * static_cast<double>(delay.injected_ns) / settings.num_rounds,
+            .injected_seconds = median(injected),
+            .exposed = median(exposed),
             .num_bytes = num_bytes};
 }
 
@@ -133,7 +140,7 @@ Settings parse(int argc, char** argv) {
     else
       settings.plans.emplace_back(word);
   }
-  if (settings.plans.empty()) settings.plans = {"ddp", "zero1", "zero2", "zero3"};
+  if (settings.plans.empty()) settings.plans = {"ddp", "zero1", "zero2", "zero3", "zero3-gathered"};
   return settings;
 }
 
@@ -143,16 +150,15 @@ Settings parse(int argc, char** argv) {
 int main(int argc, char** argv) {
   using namespace shardtune::benchmark;
   const Settings settings = parse(argc, argv);
-  std::printf("%-8s %10s %12s %12s %12s %12s\n", "plan", "MiB/step", "plain ms", "injected ms", "delayed ms",
+  std::printf("%-15s %10s %12s %12s %12s %12s\n", "plan", "MiB/step", "plain ms", "injected ms", "delayed ms",
               "exposed %");
   for (const std::string& plan : settings.plans) {
     Result result;
     shardtune::run_thread_ranks(
         settings.num_ranks, [&](shardtune::Communicator& world) { measure_on_rank(settings, plan, world, result); });
-    const double exposed = result.delayed_seconds - result.plain_seconds;
-    std::printf("%-8s %10.1f %12.1f %12.1f %12.1f %12.1f\n", plan.c_str(), result.num_bytes / 1048576.0,
+    std::printf("%-15s %10.1f %12.1f %12.1f %12.1f %12.1f\n", plan.c_str(), result.num_bytes / 1048576.0,
                 1e3 * result.plain_seconds, 1e3 * result.injected_seconds, 1e3 * result.delayed_seconds,
-                100.0 * exposed / result.injected_seconds);
+                100.0 * result.exposed);
   }
   return 0;
 }
