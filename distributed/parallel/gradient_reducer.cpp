@@ -15,7 +15,6 @@ void GradientReducer::begin_step(const RoundSchedule& schedule) {
   schedule_ = schedule;
   last_add_ = nullptr;
   finishing_.clear();
-  stages_.clear();
   forget_sums();
   count_partials();
 }
@@ -48,17 +47,23 @@ void GradientReducer::merge_last_add() {
   if (last_add_ != nullptr) merge(*last_add_);
 }
 
-bool GradientReducer::advance(ShardUnit& unit) {
+bool GradientReducer::is_last_wait(const Finishing& finishing) const {
+  return finishing.stage == (context_.grid.num_replicas() > 1 ? 3 : 1);
+}
+
+bool GradientReducer::advance(Finishing& finishing) {
   const bool has_replicas = context_.grid.num_replicas() > 1;
+  ShardUnit& unit = *finishing.unit;
+  finishing.num_calls = 0;
   for (;;) {
-    switch (stages_[&unit]++) {
+    switch (finishing.stage++) {
       case 0:
         if (start_over_shards(unit)) return true;
         break;
       case 1:
         merge(unit);
         if (!has_replicas) break;
-        if (start_over_replicas(unit)) ++stages_[&unit];
+        if (start_over_replicas(unit)) ++finishing.stage;
         return true;
       case 2: {
         merge(unit);
@@ -67,29 +72,27 @@ bool GradientReducer::advance(ShardUnit& unit) {
         if (has_replicas) return true;
         break;
       }
-      default:
-        unit.finish_gradients();
-        stages_.erase(&unit);
-        return false;
+      default: unit.finish_gradients(); return false;
     }
   }
 }
 
+// What was begun earlier comes first: its buckets are free for what is begun now.
 void GradientReducer::finish(ShardUnit& unit) {
-  const std::deque<ShardUnit*> earlier = std::exchange(finishing_, {});
-  const bool is_under_way = advance(unit);
-  for (ShardUnit* other : earlier) {
-    if (advance(*other)) finishing_.push_back(other);
+  for (Finishing& earlier : std::exchange(finishing_, {})) {
+    const int lag = is_last_wait(earlier) ? 2 : 1;
+    if (++earlier.num_calls < lag || advance(earlier)) finishing_.push_back(earlier);
   }
-  if (is_under_way) finishing_.push_back(&unit);
+  Finishing own{.unit = &unit};
+  if (advance(own)) finishing_.push_back(own);
   count_partials();
 }
 
 void GradientReducer::finish_all() {
   while (!finishing_.empty()) {
-    ShardUnit* const unit = finishing_.front();
+    Finishing first = finishing_.front();
     finishing_.pop_front();
-    if (advance(*unit)) finishing_.push_back(unit);
+    if (advance(first)) finishing_.push_back(first);
   }
   count_partials();
 }

@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
-#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -32,8 +31,9 @@ class GradientReducer {
   // its .grad is discarded. Collective when the plan reduces every micro-batch: for every unit with trainable
   // parameters once per round. Waits for the exchange that the add() before issued.
   virtual void add(ShardUnit& unit, std::int64_t round) = 0;
-  // Collective, once per unit after its last add(). Starts the unit's way to ShardedParameter::gradient and moves the
-  // units before it one stage on, so that their communication had the time since the last call to run.
+  // Collective, once per unit after its last add(). Moves units before it one stage on and starts this one's way to
+  // ShardedParameter::gradient. Communication that more depends on had the time since the last call to run, a unit's
+  // last the time since the call before that: units differ in what they compute and send.
   void finish(ShardUnit& unit);
   void finish_all();  // collective; completes every unit given to finish()
 
@@ -66,15 +66,20 @@ class GradientReducer {
   ShardContext context_;
 
  private:
+  struct Finishing {
+    ShardUnit* unit;
+    int stage = 0;
+    int num_calls = 0;  // of finish() since it came to this stage
+  };
   // Runs the unit's stages until something is under way (true) or the unit has its gradient (false).
-  bool advance(ShardUnit& unit);
+  bool advance(Finishing& finishing);
+  bool is_last_wait(const Finishing& finishing) const;  // all of its communication has been issued
   void merge(ShardUnit& unit);
 
   GradientProbe probe_;
   std::optional<RoundSchedule> schedule_;
   ShardUnit* last_add_ = nullptr;  // whose exchange add() has issued, while it is under way
-  std::deque<ShardUnit*> finishing_;
-  std::map<const ShardUnit*, int> stages_;
+  std::deque<Finishing> finishing_;  // by age
 };
 
 std::unique_ptr<GradientReducer> make_gradient_reducer(ReductionOrder order, const ShardContext& context,

@@ -13,24 +13,35 @@ namespace {
 
 using Events = std::vector<std::string>;
 
+struct Watch {
+  int num_earlier_steps = 0;
+  bool has_shared_memory = false;
+  bool sees_waits = false;  // as "done"
+};
+
 // What rank 0 of two issues and computes in one step.
-Events events_of_a_step(ToyRun run, int num_earlier_steps = 0, bool has_shared_memory = false) {
+Events events_of_a_step(ToyRun run, const Watch& watch = {}) {
   run.num_ranks = 2;
   Events events;
   run_thread_ranks(2, [&](Communicator& world) {
     at::set_num_threads(1);
     const bool is_watched = world.rank() == 0;
     CommunicatorHooks hooks;
-    hooks.has_shared_memory = has_shared_memory;
+    hooks.has_shared_memory = watch.has_shared_memory;
     if (is_watched) {
       hooks.before = [&](const std::string& operation, const at::Tensor&) {
         const bool is_reduction = operation == "all_to_all" || operation == "reduce_scatter";
         events.push_back(is_reduction ? "reduce" : operation);
       };
+      if (watch.sees_waits) {
+        hooks.after = [&](const std::string& operation, const at::Tensor&) {
+          if (!operation.starts_with("make")) events.emplace_back("done");
+        };
+      }
     }
     WrappingCommunicator watched(world, hooks);
     Rank rank(run, watched);
-    for (int i = 0; i < num_earlier_steps; ++i) {
+    for (int i = 0; i < watch.num_earlier_steps; ++i) {
       run_micro_batches(rank, run, i);
       rank.engine.after_optimizer_step();
     }
@@ -58,7 +69,7 @@ TEST(Order, ThroughSharedCopiesItIsTheSameWithoutAnythingMoreToWaitFor) {
   Events wanted = events_of_a_step(run);
   std::replace(wanted.begin(), wanted.end(), std::string("all_gather"),
                std::string("all_reduce"));  // "mine is written"
-  EXPECT_EQ(events_of_a_step(run, 0, /*has_shared_memory=*/true), wanted);
+  EXPECT_EQ(events_of_a_step(run, {.has_shared_memory = true}), wanted);
 }
 
 TEST(Order, UnderDdpNothingIsSentBeforeTheLastRoundAndThenUnitByUnit) {
@@ -69,13 +80,22 @@ TEST(Order, UnderDdpNothingIsSentBeforeTheLastRoundAndThenUnitByUnit) {
                             "block.2", "all_reduce", "block.1", "all_reduce", "block.0", "all_reduce", "all_reduce"}));
 }
 
+TEST(Order, UnderDdpASumIsWaitedForTwoUnitsLater) {
+  Events events =
+      events_of_a_step({.plan = "ddp", .checkpointing = true, .num_micro_batches = 2}, {.sees_waits = true});
+  events.erase(events.begin(), std::find(events.begin(), events.end(), "block.2") + 1);  // forward
+  EXPECT_EQ(events, (Events{"block.2", "all_reduce", "block.1", "all_reduce",            //
+                            "block.0", "done", "all_reduce", "done", "all_reduce",       // block 0, root
+                            "done", "done"}));
+}
+
 TEST(Order, WhereAnAllReduceDoesNotAddAsTheTreeDoesFinishedSlicesAreGatheredOneUnitLater) {
   // Ranges of three micro-batches are no subtrees: [0, 2), [2, 3), [3, 4), [4, 6).
   Events events = events_of_a_step({.plan = "ddp", .checkpointing = true, .num_micro_batches = 6});
   events.erase(events.begin(), std::find(events.begin(), events.end(), "reduce") - 1);
   EXPECT_EQ(events,
-            (Events{"block.2", "reduce", "reduce", "block.1", "reduce", "reduce", "all_gather",  //
-                    "block.0", "reduce", "reduce", "all_gather", "reduce", "reduce", "all_gather", "all_gather"}));
+            (Events{"block.2", "reduce", "reduce", "block.1", "all_gather", "reduce", "reduce",  //
+                    "block.0", "all_gather", "reduce", "reduce", "all_gather", "reduce", "reduce", "all_gather"}));
 }
 
 TEST(Order, Zero1SendsOnceAStepAndZero2EveryRound) {
@@ -91,7 +111,7 @@ TEST(Order, Zero1SendsOnceAStepAndZero2EveryRound) {
 }
 
 TEST(Order, UnderZero1NewWeightsAreGatheredDuringTheNextForwardPass) {
-  const Events events = events_of_a_step({.plan = "zero1", .num_micro_batches = 2}, /*num_earlier_steps=*/1);
+  const Events events = events_of_a_step({.plan = "zero1", .num_micro_batches = 2}, {.num_earlier_steps = 1});
   EXPECT_EQ(events, (Events{"all_gather", "all_gather", "all_gather", "block.0", "all_gather", "block.1", "block.2",
                             "reduce", "reduce", "reduce", "reduce"}));
 }
