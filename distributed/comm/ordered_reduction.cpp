@@ -137,7 +137,7 @@ SHARDTUNE_AVX512_BF16 void add_avx512_bf16(const Bf16* left, const Bf16* right, 
     if (specials != 0) [[unlikely]] {
       combine_pairs<ReduceOp::sum>(left + i, right + i, kStep / 2, out + i);
     } else {
-      _mm512_storeu_si512(out + i, std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+      _mm512_storeu_si512(out + i, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
     }
   }
   combine_all<ReduceOp::sum>(left + i, right + i, count - i, out + i);
