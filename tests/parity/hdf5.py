@@ -94,7 +94,7 @@ def check_other_forms(folder):
     common.shardtune("checkpoint", "reshard", checkpoint, folder / "resharded", "--shards", "2")
     with h5py.File(plain / compressed[0].name.removesuffix(".sz")) as file:
         keys = [key for group in file["parameters"].values() for key in group]
-        moments = {data.dtype.itemsize for group in file["parameters"].values() for key, data in group.items()
+        moments = {data.id.get_type().get_size() for group in file["parameters"].values() for key, data in group.items()
                    if key.startswith("exp_avg")}
     common.report("second slices of a tensor in one file", keys.count("value.1"), 1, more_is_better=True)
     common.report("moments that are not stored in two bytes", len(moments ^ {2}), 0)
