@@ -15,8 +15,7 @@ namespace shardtune {
 double tree_sum(std::vector<double> values) noexcept;
 
 // Collective; all ranks get the same bits. Every parameter must have its gradient (ShardedParameter::gradient).
-// Infinite or NaN when a gradient is. Blocks are shared out over
-// ATen's threads.
+// Infinite or NaN when a gradient is. Blocks are shared out over ATen's threads.
 double gradient_norm(Communicator& world, std::span<ShardedParameter* const> parameters);
 
 // torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6)); max_norm <= 0 means no clipping (factor 1).

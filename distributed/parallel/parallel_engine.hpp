@@ -39,9 +39,7 @@ struct ParallelOptions {
   // so; sums of several micro-batches travel in fp32. fast: whatever travels is rounded to it.
   at::ScalarType reduce_dtype = at::kFloat;
   std::int64_t bucket_bytes = kDefaultBucketBytes;
-  // Not empty: kept frozen weights exist once among ranks of the same name (one warning where they cannot). Only for
-  // plans that keep weights.
-  std::string share_frozen_on_host = {};
+  std::string share_frozen_on_host = {};  // ranks of the same name keep frozen weights once; only for plans that keep weights
   RecomputeOptions recompute = {};  // gradient checkpointing of the non-root units
   GradientProbe probe = {};         // tests only
 };
@@ -129,10 +127,9 @@ class ParallelEngine {
   std::optional<RoundSchedule> schedule_;
   std::int64_t round_ = 0;
   std::vector<const ShardUnit*> completed_;  // in this micro-batch
-  // Units with trainable parameters in the order of their reductions, the same on all ranks: backward through the
-  // model, roots last. Those before next_finish_ were handed to the reducer for good.
+  // Units with trainable parameters as they are reduced, the same on all ranks: backward, roots last.
   std::vector<ShardUnit*> finish_order_;
-  std::size_t next_finish_ = 0;
+  std::size_t next_finish_ = 0;  // units before it were handed to the reducer for good
 };
 
 // Gathers the root unit for a stretch of evaluation and sets no-grad mode. Construction is collective, destruction
