@@ -37,10 +37,13 @@ int write_at(int fd, const char* bytes, std::size_t size, std::uint64_t position
 }
 
 // Slower, not wrong; a process says it once, not for every file of every save.
-void say_once(std::atomic_flag& was_said, const char* what, const std::filesystem::path& file, int code) {
-  if (!was_said.test_and_set())
+enum class Access { reads, writes };
+void say_once(Access access, const std::filesystem::path& file, int code) {
+  static std::atomic_flag was_said[2];
+  const bool is_read = access == Access::reads;
+  if (!was_said[is_read].test_and_set())
     log::info("{}: direct {} are refused there ({}), the page cache is used for this and all such files", file.string(),
-              what, std::strerror(code));
+              is_read ? "reads" : "writes", std::strerror(code));
 }
 
 }  // namespace
@@ -49,8 +52,7 @@ DirectFile::DirectFile(std::filesystem::path file) : file_(std::move(file)) {
   cached_ = UniqueFd(::open(file_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644));
   if (!cached_) fail_writing("create", file_, errno);
   direct_ = UniqueFd(::open(file_.c_str(), O_WRONLY | O_DIRECT | O_CLOEXEC));
-  static std::atomic_flag was_said;
-  if (!direct_) say_once(was_said, "writes", file_, errno);
+  if (!direct_) say_once(Access::writes, file_, errno);
 }
 
 void DirectFile::write(const void* data, std::size_t size, std::uint64_t position) {
@@ -60,8 +62,7 @@ void DirectFile::write(const void* data, std::size_t size, std::uint64_t positio
     // After a short direct write the rest may be unaligned, which is EINVAL as well: all of it is written again.
     const int code = write_at(direct_.get(), bytes, whole, position);
     if (code == EINVAL) {
-      static std::atomic_flag was_said;
-      say_once(was_said, "writes", file_, code);
+      say_once(Access::writes, file_, code);
       direct_.reset(FdTraits::null());
     } else if (code != 0) {
       fail_writing("write", file_, code);
@@ -90,8 +91,7 @@ DirectReader::DirectReader(std::filesystem::path file)
     : file_(std::move(file)), cached_(open_for_reading(file_)), file_bytes_(file_size(cached_.get(), file_)) {
   if (file_bytes_ < kWorthIt) return;
   direct_ = UniqueFd(::open(file_.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC));
-  static std::atomic_flag was_said;
-  if (!direct_) say_once(was_said, "reads", file_, errno);
+  if (!direct_) say_once(Access::reads, file_, errno);
 }
 
 void DirectReader::read(char* into, std::size_t size, std::uint64_t position) {
@@ -100,10 +100,7 @@ void DirectReader::read(char* into, std::size_t size, std::uint64_t position) {
     const ssize_t got =
         ::pread(direct_.get(), into + done, round_up(size - done, kPage), static_cast<off_t>(position + done));
     if (got < 0 && errno == EINTR) continue;
-    if (got < 0) {
-      static std::atomic_flag was_said;
-      say_once(was_said, "reads", file_, errno);
-    }
+    if (got < 0) say_once(Access::reads, file_, errno);
     if (got <= 0) break;
     done += static_cast<std::size_t>(got);
     if (done % kPage != 0) break;  // the end of the file

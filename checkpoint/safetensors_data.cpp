@@ -156,7 +156,7 @@ void SafetensorsWriter::commit() {
   check(::close(impl.fd.release()), "close");
   rename_path(impl.temporary, impl.file);
   impl.is_committed = true;
-  fsync_path(impl.file.has_parent_path() ? impl.file.parent_path() : std::filesystem::path("."));
+  fsync_parent(impl.file);
 }
 
 }  // namespace shardtune

@@ -31,7 +31,7 @@ int make_missing(const std::filesystem::path& directory) {
     // There now: another process was faster, or the path ends with a slash.
     return code == EEXIST && std::filesystem::is_directory(directory, ignored) ? 0 : code;
   }
-  fsync_path(parent.empty() ? std::filesystem::path(".") : parent);
+  fsync_parent(directory);
   return 0;
 }
 
@@ -110,13 +110,17 @@ void write_file_durably(const std::filesystem::path& file, std::string_view byte
   if (::fsync(fd.get()) != 0) fail_writing("sync", temporary, errno);
   if (::close(fd.release()) != 0) fail_writing("close", temporary, errno);
   rename_path(temporary, file);
-  fsync_path(file.has_parent_path() ? file.parent_path() : std::filesystem::path("."));
+  fsync_parent(file);
 }
 
 void fsync_path(const std::filesystem::path& path) {
   const UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (!fd) fail_errno(ErrorKind::io, "open", path);
   if (::fsync(fd.get()) != 0) fail_writing("sync", path, errno);
+}
+
+void fsync_parent(const std::filesystem::path& path) {
+  fsync_path(path.has_parent_path() ? path.parent_path() : std::filesystem::path("."));
 }
 
 void rename_path(const std::filesystem::path& from, const std::filesystem::path& to) {

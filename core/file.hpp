@@ -37,6 +37,7 @@ void write_all(int fd, std::string_view bytes, const std::filesystem::path& file
 // A failed fsync is never retried on the same file (the kernel has dropped the pages by then).
 void write_file_durably(const std::filesystem::path& file, std::string_view bytes);
 void fsync_path(const std::filesystem::path& file_or_directory);
+void fsync_parent(const std::filesystem::path& path);  // the directory that names it
 void rename_path(const std::filesystem::path& from, const std::filesystem::path& to);
 // The directory and those above it that are missing; each that is made outlives a loss of power (its parent is synced).
 // Nothing happens when it is there. Error{io}.

@@ -85,24 +85,21 @@ class PackedSide {
   at::Tensor memory_;
 };
 
-// A block of columns of `right`: for each chunk of K, for each 32 columns a panel, pairs [depth / 2, 32].
-void pack_right(const at::Tensor& right, const Blocking& b, std::int64_t column, Word* into) {
+// One chunk of a block of columns of `right`: for each 32 columns a panel, pairs [depth / 2, 32].
+void pack_right(const at::Tensor& right, const Blocking& b, std::int64_t column, std::int64_t first, Word* into) {
   const bool has_dense_rows = right.stride(1) == 1;
   const std::int64_t end = column + b.columns_at(column);
   alignas(64) Number copy[kBlock * kBlock];
-  for (std::int64_t first = 0; first < padded(b.k); first += b.chunk)
-    for (std::int64_t n = column; n < end; n += kBlock)
-      for (std::int64_t k = first; k < first + b.depth(first); k += kBlock, into += kBlock / 2 * kBlock) {
-        if (has_dense_rows) {
-          const Block block =
-              block_of(numbers(right) + k * right.stride(0) + n, right.stride(0), b.k - k, b.n - n, copy);
-          bf16::pair_rows(block.rows, block.stride, kBlock, kBlock, into, kBlock);
-        } else {
-          const Block block =
-              block_of(numbers(right) + n * right.stride(1) + k, right.stride(1), b.n - n, b.k - k, copy);
-          bf16::transpose_words(words(block.rows), block.stride / 2, kBlock, kBlock / 2, into, kBlock);
-        }
+  for (std::int64_t n = column; n < end; n += kBlock)
+    for (std::int64_t k = first; k < first + b.depth(first); k += kBlock, into += kBlock / 2 * kBlock) {
+      if (has_dense_rows) {
+        const Block block = block_of(numbers(right) + k * right.stride(0) + n, right.stride(0), b.k - k, b.n - n, copy);
+        bf16::pair_rows(block.rows, block.stride, kBlock, kBlock, into, kBlock);
+      } else {
+        const Block block = block_of(numbers(right) + n * right.stride(1) + k, right.stride(1), b.n - n, b.k - k, copy);
+        bf16::transpose_words(words(block.rows), block.stride / 2, kBlock, kBlock / 2, into, kBlock);
       }
+    }
 }
 
 // One chunk of a block of rows of `left`: for each 32 rows, blocks of 32 x 32 one after the other along K, so that a
@@ -167,9 +164,16 @@ template <class Finish>
 void multiply_row_blocks(const at::Tensor& left, const at::Tensor& right, const Blocking& b, const Finish& finish) {
   PackedSide packed(padded(b.k) * padded(b.n));
   Word* const panels = packed.words();
-  at::parallel_for(0, (b.n + b.columns - 1) / b.columns, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t n = begin * b.columns; n < std::min(b.n, end * b.columns); n += b.columns)
-      pack_right(right, b, n, panels + n * padded(b.k) / 2);
+  const auto panels_at = [&](std::int64_t n, std::int64_t first) {
+    return panels + (n * padded(b.k) + first * b.columns_at(n)) / 2;
+  };
+  // A narrow result is one block of columns: its chunks are shared out as well.
+  const std::int64_t chunks = (padded(b.k) + b.chunk - 1) / b.chunk;
+  at::parallel_for(0, (b.n + b.columns - 1) / b.columns * chunks, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t n = i / chunks * b.columns, first = i % chunks * b.chunk;
+      pack_right(right, b, n, first, panels_at(n, first));
+    }
   });
   at::parallel_for(0, (b.m + b.rows - 1) / b.rows, 1, [&](std::int64_t begin, std::int64_t end) {
     if (begin == end) return;
@@ -182,7 +186,7 @@ void multiply_row_blocks(const at::Tensor& left, const at::Tensor& right, const 
         for (std::int64_t first = 0; first < padded(b.k); first += b.chunk) {
           Number* const chunk = b.packs_all_of_left ? rows + first * b.rows : rows;
           if (n == 0 || !b.packs_all_of_left) pack_left(left, b, m, first, chunk);
-          product.add_chunk(m, n, first, chunk, panels + (n * padded(b.k) + first * b.columns_at(n)) / 2);
+          product.add_chunk(m, n, first, chunk, panels_at(n, first));
         }
   });
 }
@@ -202,11 +206,12 @@ void multiply_column_blocks(const at::Tensor& left, const at::Tensor& right, con
     BlockProduct product(b, finish);
     PackedSide memory(b.columns * padded(b.k));
     for (std::int64_t n = begin * b.columns; n < std::min(b.n, end * b.columns); n += b.columns) {
-      pack_right(right, b, n, memory.words());
+      const auto panels_at = [&](std::int64_t first) { return memory.words() + first * b.columns_at(n) / 2; };
+      for (std::int64_t first = 0; first < padded(b.k); first += b.chunk)
+        pack_right(right, b, n, first, panels_at(first));
       for (std::int64_t m = 0; m < b.m; m += b.rows)
         for (std::int64_t first = 0; first < padded(b.k); first += b.chunk)
-          product.add_chunk(m, n, first, rows + m * padded(b.k) + first * b.rows_at(m),
-                            memory.words() + first * b.columns_at(n) / 2);
+          product.add_chunk(m, n, first, rows + m * padded(b.k) + first * b.rows_at(m), panels_at(first));
     }
   });
 }

@@ -1,6 +1,7 @@
 #include "distributed/parallel/bucket_pool.hpp"
 
 #include <algorithm>
+#include <memory>
 #include <utility>
 
 #include <ATen/core/grad_mode.h>
@@ -64,6 +65,31 @@ void BucketStream::finish_first() {
   steps_.finish(next_chunk_ - static_cast<std::int64_t>(flights_.size()), first.bucket);
   pool_.give_back(std::move(first.bucket));
   flights_.pop_front();
+}
+
+std::unique_ptr<BucketStream> all_reduce_stream(Communicator& ranks, BucketPool& pool, Pieces from, Pieces into,
+                                                at::ScalarType dtype) {
+  const std::int64_t numel = num_elements(into);
+  const std::int64_t per_chunk = pool.numel_per_rank(dtype) * ranks.size();
+  const std::int64_t chunks = num_chunks({numel}, per_chunk);
+  const auto of_chunk = [=](std::int64_t chunk, const at::Tensor& bucket) {
+    return bucket.view(dtype).narrow(0, 0, counts_of_chunk({numel}, chunk, per_chunk).front());
+  };
+  BucketStream::Steps steps;
+  steps.start = [=, &ranks, parts = std::move(from)](std::int64_t chunk, const at::Tensor& bucket) mutable {
+    const at::Tensor place = of_chunk(chunk, bucket);
+    if (parts.empty()) {
+      place.zero_();
+    } else {
+      copy_out(parts, chunk * per_chunk, place);
+    }
+    if (chunk + 1 == chunks) parts.clear();
+    return ranks.all_reduce(place, ReduceOp::sum);
+  };
+  steps.finish = [=, results = std::move(into)](std::int64_t chunk, const at::Tensor& bucket) {
+    copy_in(results, chunk * per_chunk, of_chunk(chunk, bucket));
+  };
+  return std::make_unique<BucketStream>(pool, chunks, std::move(steps));
 }
 
 }  // namespace shardtune

@@ -4,12 +4,14 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
 
 #include "distributed/comm/communicator.hpp"
 #include "distributed/parallel/memory_use.hpp"
+#include "distributed/parallel/packed_pieces.hpp"
 
 namespace shardtune {
 
@@ -91,5 +93,11 @@ class BucketStream {
   Steps steps_;
   std::deque<Flight> flights_;  // of the chunks before next_chunk_
 };
+
+// into = sum over `ranks` of what each has in `from`, which travels in `dtype`; not started yet. `from` has as many
+// elements, or none: zeros. It may be `into` itself, and is let go when the last of it is in a bucket. `pool`: of `ranks`;
+// both outlive the stream.
+std::unique_ptr<BucketStream> all_reduce_stream(Communicator& ranks, BucketPool& pool, Pieces from, Pieces into,
+                                                at::ScalarType dtype);
 
 }  // namespace shardtune

@@ -83,20 +83,8 @@ class Trial {
   }
 
   void all_reduce(BucketPool& pool, std::int64_t numel) {
-    const std::int64_t per_chunk = pool.numel_per_rank(at::kFloat) * world_.size();
     const Pieces gradient = {gradient_.narrow(0, 0, numel)};
-    const auto place = [=](std::int64_t chunk, const at::Tensor& bucket) {
-      return bucket.view(at::kFloat).narrow(0, 0, counts_of_chunk({numel}, chunk, per_chunk).front());
-    };
-    BucketStream::Steps steps;
-    steps.start = [=, this](std::int64_t chunk, const at::Tensor& bucket) {
-      copy_out(gradient, chunk * per_chunk, place(chunk, bucket));
-      return world_.all_reduce(place(chunk, bucket), ReduceOp::sum);
-    };
-    steps.finish = [=](std::int64_t chunk, const at::Tensor& bucket) {
-      copy_in(gradient, chunk * per_chunk, place(chunk, bucket));
-    };
-    BucketStream(pool, num_chunks({numel}, per_chunk), std::move(steps)).finish();
+    all_reduce_stream(world_, pool, gradient, gradient, at::kFloat)->finish();
   }
 
   Communicator& world_;

@@ -138,27 +138,8 @@ void ShardUnit::begin_all_reduce(Pieces sum, at::ScalarType dtype) {
   } else {
     for (const Pieces& part : gradients_of_replicas()) results.insert(results.end(), part.begin(), part.end());
   }
-  const std::int64_t numel = num_elements(results);
-  const std::int64_t per_chunk = context_.buffers.replicas.numel_per_rank(dtype) * context_.grid.num_replicas();
-  const std::int64_t chunks = num_chunks({numel}, per_chunk);
-  const auto of_chunk = [=](std::int64_t chunk, const at::Tensor& bucket) {
-    return bucket.view(dtype).narrow(0, 0, counts_of_chunk({numel}, chunk, per_chunk).front());
-  };
-  BucketStream::Steps steps;
-  steps.start = [=, this, parts = std::move(sum)](std::int64_t chunk, const at::Tensor& bucket) mutable {
-    const at::Tensor place = of_chunk(chunk, bucket);
-    if (parts.empty()) {
-      place.zero_();
-    } else {
-      copy_out(parts, chunk * per_chunk, place);
-    }
-    if (chunk + 1 == chunks) parts.clear();
-    return context_.grid.replicas().all_reduce(place, ReduceOp::sum);
-  };
-  steps.finish = [=, results = std::move(results)](std::int64_t chunk, const at::Tensor& bucket) {
-    copy_in(results, chunk * per_chunk, of_chunk(chunk, bucket));
-  };
-  gradient_stream_ = std::make_unique<BucketStream>(context_.buffers.replicas, chunks, std::move(steps));
+  gradient_stream_ = all_reduce_stream(context_.grid.replicas(), context_.buffers.replicas, std::move(sum),
+                                       std::move(results), dtype);
   gradient_stream_->start_all();
 }
 

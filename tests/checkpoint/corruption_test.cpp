@@ -24,13 +24,6 @@
 namespace shardtune {
 namespace {
 
-void save_at(const std::filesystem::path& dir, std::int64_t step, int num_ranks,
-             const std::vector<TestTensor>& tensors) {
-  run_thread_ranks(num_ranks, [&](Communicator& comm) {
-    CheckpointStore(dir, comm).save(step, expected_state(tensors, step, comm.rank(), comm.size()));
-  });
-}
-
 // "good", "refused", or what is wrong with data that were loaded without an error.
 std::string load_verdict(const std::filesystem::path& checkpoint, std::int64_t step,
                          const std::vector<TestTensor>& tensors) {
@@ -49,8 +42,8 @@ std::string load_verdict(const std::filesystem::path& checkpoint, std::int64_t s
 class Corruption : public testing::Test {
  protected:
   void SetUp() override {
-    save_at(dir_.path(), 1, 2, tensors_);
-    save_at(dir_.path(), 2, 2, tensors_);
+    save_test_state(dir_.path(), 1, 2, tensors_);
+    save_test_state(dir_.path(), 2, 2, tensors_);
     for (const auto& entry : std::filesystem::directory_iterator(checkpoint_)) files_.push_back(entry.path());
     std::sort(files_.begin(), files_.end());
     ASSERT_EQ(files_.size(), 2u + 2 + 3 + 1);
@@ -200,7 +193,7 @@ TEST_F(Corruption, ADuplicatedShardIsFound) {
 TEST(CorruptionOfLargeFiles, OnlyBlocksThatAreReadMatterToALoad) {
   TempDir dir;
   const std::vector<TestTensor> tensors = test_tensors(4000);  // about 20 MB in 2 shards
-  save_at(dir.path(), 1, 2, tensors);
+  save_test_state(dir.path(), 1, 2, tensors);
   const auto checkpoint = dir / "checkpoint-1";
   const auto file = checkpoint / "shard-00000-of-00002.h5";
   const auto size = std::filesystem::file_size(file);
@@ -223,7 +216,7 @@ TEST(CorruptionOfLargeFiles, OnlyBlocksThatAreReadMatterToALoad) {
 // A manifest whose checksum was made to hold: parsed into something consistent or refused, never a crash.
 TEST(HostileManifest, AnyBodyIsParsedConsistentlyOrRefused) {
   TempDir dir;
-  save_at(dir.path(), 1, 2, test_tensors());
+  save_test_state(dir.path(), 1, 2, test_tensors());
   const std::string good = read_file(dir / "checkpoint-1/manifest.json");
   const std::string body = good.substr(0, good.rfind(",\"checksum\""));
   std::mt19937 random(99);
@@ -262,7 +255,7 @@ TEST(HostileManifest, AnyBodyIsParsedConsistentlyOrRefused) {
 
 TEST(Manifest, ARefusalNamesTheValue) {
   TempDir dir;
-  save_at(dir.path(), 1, 2, test_tensors());
+  save_test_state(dir.path(), 1, 2, test_tensors());
   const std::string good = read_file(dir / "checkpoint-1/manifest.json");
   const std::string body = good.substr(0, good.rfind(",\"checksum\""));
   const std::pair<const char*, std::pair<const char*, const char*>> cases[] = {

@@ -90,13 +90,6 @@ std::vector<fs::path> files_below(const fs::path& directory) {
   return files;
 }
 
-std::vector<std::int64_t> committed_steps(const fs::path& dir) {
-  std::vector<std::int64_t> steps;
-  for (const CheckpointInfo& info : list_checkpoints(dir))
-    if (info.is_committed) steps.push_back(info.step);
-  return steps;
-}
-
 TEST(LocalStage, ADrainedCheckpointIsTheSameAsOneWithoutLocalDisk) {
   for (const int ranks_per_file : {1, 2}) {
     TempDir dir;

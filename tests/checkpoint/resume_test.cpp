@@ -20,24 +20,9 @@
 namespace shardtune {
 namespace {
 
-const std::vector<TestTensor> kTensors = test_tensors();
-
-void save_at(const std::filesystem::path& dir, std::int64_t step, int num_ranks) {
-  run_thread_ranks(num_ranks, [&](Communicator& comm) {
-    CheckpointStore(dir, comm).save(step, expected_state(kTensors, step, comm.rank(), comm.size()));
-  });
-}
-
-std::vector<std::int64_t> committed_steps(const std::filesystem::path& dir) {
-  std::vector<std::int64_t> steps;
-  for (const CheckpointInfo& info : list_checkpoints(dir))
-    if (info.is_committed) steps.push_back(info.step);
-  return steps;
-}
-
 TEST(Resume, ResumingMovesLaterCheckpointsAsideAndSweepsTheRest) {
   TempDir dir;
-  for (std::int64_t step : {1, 2, 3}) save_at(dir.path(), step, 1);
+  for (std::int64_t step : {1, 2, 3}) save_test_state(dir.path(), step, 1);
   std::filesystem::create_directories(dir / "checkpoint-9.partial");
   std::filesystem::create_directories(dir / "checkpoint-1.deleting");
   std::filesystem::create_directories(dir / "notes.partial");
@@ -48,13 +33,13 @@ TEST(Resume, ResumingMovesLaterCheckpointsAsideAndSweepsTheRest) {
   EXPECT_FALSE(std::filesystem::exists(dir / "checkpoint-9.partial"));
   EXPECT_FALSE(std::filesystem::exists(dir / "checkpoint-1.deleting"));
   EXPECT_TRUE(std::filesystem::exists(dir / "notes.partial"));
-  save_at(dir.path(), 2, 2);
+  save_test_state(dir.path(), 2, 2);
   EXPECT_TRUE(verify_checkpoint(dir / "checkpoint-2").empty());
 }
 
 TEST(Resume, NewestUsableSkipsWhatDoesNotVerify) {
   TempDir dir;
-  for (std::int64_t step : {10, 20, 100}) save_at(dir.path(), step, 2);
+  for (std::int64_t step : {10, 20, 100}) save_test_state(dir.path(), step, 2);
   std::filesystem::create_directories(dir / "checkpoint-200");  // never committed
   const auto newest = [&] {
     std::mutex mutex;
@@ -79,7 +64,7 @@ TEST(Resume, NewestUsableSkipsWhatDoesNotVerify) {
 // What the system refuses to open (here a socket, in earnest a disk or a server that fails for a moment) may be good.
 TEST(Resume, WhatCannotBeReadIsSkippedButNotSetAside) {
   TempDir dir;
-  for (std::int64_t step : {10, 20, 30, 40}) save_at(dir.path(), step, 2);
+  for (std::int64_t step : {10, 20, 30, 40}) save_test_state(dir.path(), step, 2);
   const auto hide = [&](const std::string& name) {
     std::filesystem::rename(dir / name, dir / (name + ".hidden"));
     ASSERT_EQ(::mknod((dir / name).c_str(), S_IFSOCK | 0600, 0), 0);

@@ -60,13 +60,6 @@ std::string load_at(const std::filesystem::path& checkpoint, std::int64_t step, 
   return *said.begin();
 }
 
-std::vector<std::int64_t> committed_steps(const std::filesystem::path& dir) {
-  std::vector<std::int64_t> steps;
-  for (const CheckpointInfo& info : list_checkpoints(dir))
-    if (info.is_committed) steps.push_back(info.step);
-  return steps;
-}
-
 TEST(CheckpointStore, SavedAtAnyNumberOfRanksLoadsAtAnyOtherBitForBit) {
   TempDir dir;
   for (int saved = 1; saved <= 8; ++saved) {

@@ -4,8 +4,10 @@
 
 #include <ATen/ops/zeros.h>
 
+#include "checkpoint/checkpoint_store.hpp"
 #include "core/hash.hpp"
 #include "core/rng.hpp"
+#include "distributed/comm/thread_group.hpp"
 
 namespace shardtune {
 namespace {
@@ -79,6 +81,20 @@ std::string difference(const StateView& found, const std::vector<TestTensor>& te
       return wanted.slices[i].name + " " + wanted.slices[i].field;
   }
   return "";
+}
+
+void save_test_state(const std::filesystem::path& dir, std::int64_t step, int num_ranks,
+                     const std::vector<TestTensor>& tensors) {
+  run_thread_ranks(num_ranks, [&](Communicator& comm) {
+    CheckpointStore(dir, comm).save(step, expected_state(tensors, step, comm.rank(), comm.size()));
+  });
+}
+
+std::vector<std::int64_t> committed_steps(const std::filesystem::path& dir) {
+  std::vector<std::int64_t> steps;
+  for (const CheckpointInfo& info : list_checkpoints(dir))
+    if (info.is_committed) steps.push_back(info.step);
+  return steps;
 }
 
 }  // namespace shardtune

@@ -2,6 +2,7 @@
 // A made-up training state whose every element is a pure function of (step, tensor, field, index), so that any rank of
 // any later job knows what it must find. Bit patterns are arbitrary: NaNs with payloads and denormals are among them.
 #include <cstdint>
+#include <filesystem>
 #include <string>
 #include <vector>
 
@@ -29,5 +30,10 @@ StateView blank_state(const std::vector<TestTensor>& tensors, int rank, int num_
 // Empty when all slices have the bits of expected_state, else which differs.
 std::string difference(const StateView& found, const std::vector<TestTensor>& tensors, std::int64_t step, int rank,
                        int num_ranks);
+
+// checkpoint-<step> in `dir`, saved by so many threads.
+void save_test_state(const std::filesystem::path& dir, std::int64_t step, int num_ranks,
+                     const std::vector<TestTensor>& tensors = test_tensors());
+std::vector<std::int64_t> committed_steps(const std::filesystem::path& dir);  // newest first
 
 }  // namespace shardtune

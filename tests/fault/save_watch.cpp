@@ -83,6 +83,11 @@ const char* phase_through_local(const char* phase, const std::string& checkpoint
   return found;
 }
 
+int newest_committed(const fs::path& output_dir) {
+  const std::vector<int> steps = committed_steps(output_dir);
+  return steps.empty() ? -1 : steps.back();
+}
+
 }  // namespace
 
 const std::vector<std::string>& local_steps() {
@@ -112,10 +117,7 @@ SaveWatch::SaveWatch(fs::path output_dir, int last_step, fs::path local_dir)
     : output_dir_(std::move(output_dir)),
       last_step_(last_step),
       local_dir_(std::move(local_dir)),
-      newest_before_([&] {
-        const auto steps = committed_steps(output_dir_);
-        return steps.empty() ? -1 : steps.back();
-      }()),
+      newest_before_(newest_committed(output_dir_)),
       newest_noted_(newest_before_),
       config_before_(modification_time(output_dir_ / "resolved.cfg")) {}
 
@@ -148,14 +150,10 @@ std::string SaveWatch::phase() const {
   return newest == last_step_ ? "ending" : "training, no save under way";
 }
 
-void SaveWatch::note_committed() {
-  const std::vector<int> steps = committed_steps(output_dir_);
-  if (!steps.empty()) newest_noted_ = std::max(newest_noted_, steps.back());
-}
+void SaveWatch::note_committed() { newest_noted_ = std::max(newest_noted_, newest_committed(output_dir_)); }
 
 std::string SaveWatch::loss() const {
-  const std::vector<int> steps = committed_steps(output_dir_);
-  const int newest = steps.empty() ? -1 : steps.back();
+  const int newest = newest_committed(output_dir_);
   if (newest >= newest_noted_) return "";
   return fmt::format("checkpoint-{} was committed and is lost; the newest is {}", newest_noted_,
                      newest < 0 ? "none" : fmt::format("checkpoint-{}", newest));

@@ -1,4 +1,5 @@
 #include <cstddef>
+#include <functional>
 #include <map>
 #include <set>
 #include <string>
@@ -21,6 +22,15 @@ std::string joined(const std::vector<std::string>& lines) {
   return text;
 }
 
+void expect_none(const std::vector<SourceFile>& files,
+                 const std::function<std::vector<std::string>(const SourceFile&)>& violations) {
+  std::vector<std::string> found;
+  for (const SourceFile& file : files) {
+    for (const std::string& line : violations(file)) found.push_back(line);
+  }
+  EXPECT_TRUE(found.empty()) << joined(found);
+}
+
 std::string body_of(std::size_t lines) {
   std::string text = "int f(int a) {\n";
   for (std::size_t i = 0; i + 2 < lines; ++i) text += "  ++a;\n";
@@ -28,19 +38,11 @@ std::string body_of(std::size_t lines) {
 }
 
 TEST(Structure, IncludesGoDownOnly) {
-  std::vector<std::string> found;
-  for (const SourceFile& file : cpp_files(false)) {
-    for (const std::string& line : layering_violations(file)) found.push_back(line);
-  }
-  EXPECT_TRUE(found.empty()) << joined(found);
+  expect_none(cpp_files(false), layering_violations);
 }
 
 TEST(Structure, ThirdPartyHeadersStayWhereTheyBelong) {
-  std::vector<std::string> found;
-  for (const SourceFile& file : cpp_files(true)) {
-    for (const std::string& line : third_party_violations(file)) found.push_back(line);
-  }
-  EXPECT_TRUE(found.empty()) << joined(found);
+  expect_none(cpp_files(true), third_party_violations);
 }
 
 TEST(Structure, FilesAndFunctionsKeepTheirSizeLimits) {
@@ -66,19 +68,11 @@ TEST(Structure, EveryHeaderIsIncludedOnce) {
 }
 
 TEST(Structure, NothingIsLeftOver) {
-  std::vector<std::string> found;
-  for (const SourceFile& file : text_files()) {
-    for (const std::string& line : leftover_violations(file)) found.push_back(line);
-  }
-  EXPECT_TRUE(found.empty()) << joined(found);
+  expect_none(text_files(), leftover_violations);
 }
 
 TEST(Structure, OutputDirectoriesAreMadeDurably) {
-  std::vector<std::string> found;
-  for (const SourceFile& file : cpp_files(false)) {
-    for (const std::string& line : durability_violations(file)) found.push_back(line);
-  }
-  EXPECT_TRUE(found.empty()) << joined(found);
+  expect_none(cpp_files(false), durability_violations);
 }
 
 TEST(StructureRules, CatchADirectoryThatIsNotMadeDurably) {
