@@ -54,26 +54,32 @@ def argument_parser(doc, shape):
     return parser
 
 
-def step_seconds(options, folder, ranks, arguments):
-    """Seconds of each step of a run with one thread a rank, each on a core of its own as long as there are cores."""
+def step_seconds(options, folder, ranks, arguments, num_jobs=1):
+    """Seconds of each step of a job, or of several at a time, with one thread a rank, each on a core of its own as long as there are cores."""
     shape, _, rows = SHAPES[options.shape]
     task = "causal-lm" if shape["model_type"] == "llama" else "text-classification"
     command = ["mpirun", "--bind-to", "none", "--oversubscribe", "-n", ranks, options.program, "train", "--config_name", folder,
-               "--task", task, "--train_file", folder / "train.jsonl", "--output_dir", folder / "out", "--overwrite_output_dir",
+               "--task", task, "--train_file", folder / "train.jsonl", "--overwrite_output_dir",
                "--per_device_train_batch_size", rows, "--max_steps", options.steps + DROPPED, "--logging_steps", 1,
                "--save_strategy", "no", "--num_threads", 1, "--disable_tqdm", "--log_level", "error",
                "--bf16", str(options.bf16).lower(), *arguments]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if result.returncode != 0:
-        sys.exit(f"exit code {result.returncode}: {result.stderr[-3000:]}")
-    records = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
-    return [record["step_seconds"] for record in records[DROPPED:]]
+    outputs = [folder / f"out{number}" for number in range(num_jobs)]
+    jobs = [subprocess.Popen([*map(str, command), "--output_dir", out], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                             stdin=subprocess.DEVNULL) for out in outputs]
+    seconds = []
+    for job, out in zip(jobs, outputs):
+        errors = job.communicate()[1]
+        if job.returncode != 0:
+            sys.exit(f"exit code {job.returncode}: {errors[-3000:]}")
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        seconds += [record["step_seconds"] for record in records[DROPPED:]]
+    return seconds
 
 
 def median_milliseconds(options, folder, runs):
-    """Of the steps of each of `runs`, pairs of ranks and arguments, which alternate."""
+    """Of the steps of each of `runs`, arguments of step_seconds, which alternate."""
     seconds = [[] for _ in runs]
     for _ in range(options.repeats):
-        for values, (ranks, arguments) in zip(seconds, runs):
-            values += step_seconds(options, folder, ranks, arguments)
+        for values, run in zip(seconds, runs):
+            values += step_seconds(options, folder, *run)
     return [1e3 * statistics.median(values) for values in seconds]

@@ -83,7 +83,8 @@ BlockTable hash_file(const std::filesystem::path& file, const InspectBytes& insp
     for (std::size_t i = 0; i < size; i += kBlockBytes) {
       const std::size_t block_size = std::min<std::size_t>(kBlockBytes, size - i);
       table.hashes.push_back(hash_bytes(buffer.get() + i, block_size));
-      if (inspect) inspect(at + i, buffer.get() + i, block_size);  // while the block lies in the processor's cache
+      // While the block lies in the processor's cache.
+      if (inspect) inspect(at + i, {buffer.get() + i, block_size}, table.hashes.back());
     }
     at += size;
   }

@@ -25,8 +25,9 @@ struct BlockTable {
 // Error{data} naming `origin` when the bytes are no table or are damaged.
 BlockTable parse_block_table(std::string_view bytes, const std::filesystem::path& origin);
 
-// Reads the whole file once, past the page cache. `inspect` (optional) sees every block with its offset in the file.
-using InspectBytes = std::function<void(std::uint64_t offset, const char* bytes, std::size_t size)>;
+// Reads the whole file once, past the page cache. `inspect` (optional) sees every block with its offset in the file and
+// its hash.
+using InspectBytes = std::function<void(std::uint64_t offset, std::string_view bytes, std::uint64_t hash)>;
 BlockTable hash_file(const std::filesystem::path& file, const InspectBytes& inspect = nullptr);
 
 // Reads parts of a file; every byte handed out belongs to a block whose hash was checked after reading it.

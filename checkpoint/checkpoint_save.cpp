@@ -85,7 +85,7 @@ struct CheckpointStore::RunningSave {
   StateView whole;                       // of the file; on its owner
   std::size_t first_slice = 0;           // this rank's in `whole`
   std::vector<std::uint64_t> positions;  // of `whole` on the owner, then of this rank's slices
-  std::vector<WrittenPiece> pieces;      // this rank's, then on the owner those of all
+  std::vector<WrittenPart> parts;        // this rank's, then on the owner those of all
   std::string description;               // of the file, on its owner
   std::vector<ManifestFile> side_files;
   std::vector<std::string> shards;  // all descriptions, on rank 0
@@ -178,9 +178,9 @@ void CheckpointStore::write_alone() {
     wait_for_directory(directory);
     const auto start = std::chrono::steady_clock::now();
     const std::vector<std::uint64_t> positions = save.writer->lay_out(save.snapshot.view());
-    std::vector<WrittenPiece> pieces = save.writer->write(save.snapshot, positions);
+    std::vector<WrittenPart> parts = save.writer->write(save.snapshot, positions);
     save.report.write_seconds = seconds_since(start);
-    save.description = describe_shard(save.writer->seal(std::move(pieces)), save.snapshot.view());
+    save.description = describe_shard(save.writer->seal(std::move(parts)), save.snapshot.view());
     if (communicator_.rank() == 0) save.side_files = write_side_files(directory, save.snapshot.view().side_files);
   } catch (...) {
     save.snapshot.abandon();
@@ -210,7 +210,7 @@ void CheckpointStore::start_writing() {
   worker_.start([this, &save] {
     const auto start = std::chrono::steady_clock::now();
     wait_for_directory(write_directory(save.step));
-    save.pieces = save.writer->write(save.snapshot, save.positions);
+    save.parts = save.writer->write(save.snapshot, save.positions);
     save.report.write_seconds = seconds_since(start);
     if (communicator_.rank() == 0)
       save.side_files = write_side_files(write_directory(save.step), save.snapshot.view().side_files);
@@ -219,11 +219,11 @@ void CheckpointStore::start_writing() {
 
 void CheckpointStore::start_sealing() {
   RunningSave& save = *save_;
-  const std::vector<std::string> others = gather_strings(*file_group_, pack_pieces(save.pieces), 0);
+  const std::vector<std::string> others = gather_strings(*file_group_, pack_parts(save.parts), 0);
   if (file_group_->rank() != 0) return;
-  save.pieces.clear();
-  for (const std::string& pieces : others) unpack_pieces(pieces, save.pieces);
-  worker_.start([&save] { save.description = describe_shard(save.writer->seal(std::move(save.pieces)), save.whole); });
+  save.parts.clear();
+  for (const std::string& parts : others) unpack_parts(parts, save.parts);
+  worker_.start([&save] { save.description = describe_shard(save.writer->seal(std::move(save.parts)), save.whole); });
 }
 
 // The manifest goes to every node, where it says that the node's part is whole; then the parts go to the output

@@ -132,7 +132,7 @@ void drain_file(const fs::path& from, const ManifestFile& file, const fs::path& 
                 const std::function<void()>& keep_going) {
   const fs::path source = from / file.name, target = to / file.name, temporary = target.string() + ".tmp";
   copy_durably(source, temporary, file.size, keep_going);
-  const BlockTable table = hash_file(temporary, [&](std::uint64_t, const char*, std::size_t) { keep_going(); });
+  const BlockTable table = hash_file(temporary, [&](std::uint64_t, std::string_view, std::uint64_t) { keep_going(); });
   if (table.file_bytes != file.size || table.digest() != file.digest)
     fail(ErrorKind::io, fmt::format("{} does not hold what was written to {}; check the disks of both",
                                     temporary.string(), source.string()));

@@ -37,7 +37,7 @@ class OfflineSource : public PieceSource {
 
   const StateView& view() const override { return view_; }
 
-  std::optional<Piece> take(void* into) override {
+  std::optional<Piece> take(void* into, const Copied& copied) override {
     while (slice_ < view_.slices.size() && done_ == view_.slices[slice_].data.numel()) ++slice_, done_ = 0;
     if (slice_ == view_.slices.size()) return std::nullopt;
     const StateSlice& slice = view_.slices[slice_];
@@ -46,6 +46,7 @@ class OfflineSource : public PieceSource {
     read_(slice_, slice.offset + done_, at::from_blob(into, {size}, slice.data.scalar_type()));
     const Piece piece{slice_, static_cast<std::uint64_t>(done_) * width, static_cast<std::size_t>(size) * width};
     done_ += size;
+    copied(piece, 0, piece.size);
     return piece;
   }
 

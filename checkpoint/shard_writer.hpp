@@ -15,8 +15,8 @@
 
 namespace shardtune {
 
-// What a part of the file must hold.
-struct WrittenPiece {
+// What a part of the file must hold; it lies within one block of the block table.
+struct WrittenPart {
   std::uint64_t position = 0, size = 0, hash = 0;
 };
 
@@ -43,9 +43,9 @@ class ShardWriter {
   std::vector<std::uint64_t> lay_out(const StateView& whole);
   // Takes all pieces of the source; positions are those of its slices. Durable on return. The source is abandoned by a
   // failure.
-  std::vector<WrittenPiece> write(PieceSource& source, const std::vector<std::uint64_t>& positions);
-  // `pieces` of all ranks.
-  WrittenShard seal(std::vector<WrittenPiece> pieces);
+  std::vector<WrittenPart> write(PieceSource& source, const std::vector<std::uint64_t>& positions);
+  // `parts` of all ranks.
+  WrittenShard seal(std::vector<WrittenPart> parts);
 
  private:
   std::filesystem::path directory_, path_, temporary_;

@@ -56,9 +56,9 @@ std::vector<std::uint64_t> unpack_positions(std::string_view bytes) {
   return positions;
 }
 
-std::string pack_pieces(const std::vector<WrittenPiece>& pieces) { return pack(pieces); }
+std::string pack_parts(const std::vector<WrittenPart>& parts) { return pack(parts); }
 
-void unpack_pieces(std::string_view bytes, std::vector<WrittenPiece>& into) { unpack(bytes, into); }
+void unpack_parts(std::string_view bytes, std::vector<WrittenPart>& into) { unpack(bytes, into); }
 
 int choose_ranks_per_file(const std::vector<std::string>& hosts, int max_files) {
   const std::size_t num_ranks = hosts.size();

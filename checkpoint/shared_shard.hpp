@@ -19,8 +19,8 @@ StateView join_slices(const std::vector<std::string>& descriptions, const nlohma
 
 std::string pack_positions(const std::vector<std::uint64_t>& positions);
 std::vector<std::uint64_t> unpack_positions(std::string_view bytes);
-std::string pack_pieces(const std::vector<WrittenPiece>& pieces);
-void unpack_pieces(std::string_view bytes, std::vector<WrittenPiece>& into);  // appends
+std::string pack_parts(const std::vector<WrittenPart>& parts);
+void unpack_parts(std::string_view bytes, std::vector<WrittenPart>& into);  // appends
 
 // How many consecutive ranks write one file when nobody says, given the host of each rank. One each, up to `max_files`:
 // then nobody waits for others between the stages of a save and each reads its own file back, all at once. Beyond that

@@ -10,6 +10,7 @@ namespace shardtune {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+constexpr std::size_t kCopiedAtOnce = std::size_t{256} << 10;  // a part of a second-level cache
 constexpr const char* kCancelled = "the save was given up because the run ends";
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
@@ -54,7 +55,7 @@ void Snapshot::preserve_entry(Entry& entry, std::unique_lock<std::mutex>& lock) 
     const auto start = Clock::now();
     wanted_ = &entry;
     changed_.wait(lock, [&] {
-      return entry.state == State::taken || (entry.state == State::live && (has_room() || num_untaken_ == 0));
+      return entry.state == State::taken || num_untaken_ == 0 || (entry.state == State::live && has_room());
     });
     wanted_ = nullptr;
     cost_.wait_seconds += seconds_since(start);
@@ -123,14 +124,18 @@ Snapshot::Entry* Snapshot::choose_next(std::unique_lock<std::mutex>& lock) {
   return chosen;
 }
 
-std::optional<Snapshot::Piece> Snapshot::take(void* into) {
+std::optional<Snapshot::Piece> Snapshot::take(void* into, const Copied& copied) {
   std::unique_lock lock(mutex_);
   Entry* entry = choose_next(lock);
   if (entry == nullptr) return std::nullopt;
   const char* source = entry->copy ? entry->copy.get() : entry->address;
   entry->state = State::taking;
   lock.unlock();
-  std::memcpy(into, source, entry->piece.size);
+  for (std::size_t begin = 0; begin < entry->piece.size; begin += kCopiedAtOnce) {
+    const std::size_t size = std::min(kCopiedAtOnce, entry->piece.size - begin);
+    std::memcpy(static_cast<char*>(into) + begin, source + begin, size);
+    copied(entry->piece, begin, size);
+  }
   lock.lock();
   if (entry->copy) {
     entry->copy.reset();

@@ -44,7 +44,7 @@ class Snapshot : public PieceSource {
   std::uint64_t taken_bytes() const;  // by the writer, so far
 
   // For the writer thread. After abandon() preserve() never blocks or copies.
-  std::optional<Piece> take(void* into) override;
+  std::optional<Piece> take(void* into, const Copied& copied) override;
   void abandon() override;
 
  private:

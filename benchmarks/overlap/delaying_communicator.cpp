@@ -105,6 +105,11 @@ class DelayingCommunicator final : public Communicator {
     if (has_shared_memory_) lane_->submit([&] { made = inner_.make_shared(numel, dtype); }).wait();
     return made;
   }
+  std::unique_ptr<ProgressBoard> make_progress_board() override {
+    std::unique_ptr<ProgressBoard> made;
+    if (has_shared_memory_) lane_->submit([&] { made = inner_.make_progress_board(); }).wait();
+    return made;
+  }
   std::unique_ptr<Communicator> split(int color, int key) override {
     std::unique_ptr<Communicator> part;
     lane_->submit([&] { part = inner_.split(color, key); }).wait();

@@ -21,7 +21,18 @@ struct Fingerprint {
   std::int64_t numel;      // elements that all ranks must agree on, -1 where they may differ
   std::int64_t detail;     // root, reduction or hash of the counts
 };
-enum class Operation { all_reduce, all_gather, reduce_scatter, all_to_all, broadcast, barrier, split, make_buffer, make_shared };
+enum class Operation {
+  all_reduce,
+  all_gather,
+  reduce_scatter,
+  all_to_all,
+  broadcast,
+  barrier,
+  split,
+  make_buffer,
+  make_shared,
+  make_progress_board
+};
 
 // Error{comm} naming ranks and operations, on every rank, when the ranks do not all bring the same fingerprint.
 void check_same_on_all_ranks(Transport& transport, const Fingerprint& mine);

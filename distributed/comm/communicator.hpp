@@ -39,6 +39,18 @@ class Work {
   std::function<void()> wait_;
 };
 
+// How far each rank of a group has come, for the others to wait for: beside the group's collectives, not behind those under
+// way. Belongs to one thread at a time, which need not be the Communicator's, and may outlive the group.
+class ProgressBoard {
+ public:
+  virtual ~ProgressBoard() = default;
+  // Local. This rank has come to `step`: more than before, all begin at 0. What it has written into memory of
+  // make_shared() is seen by whoever has waited for the step.
+  virtual void publish(std::int64_t step) = 0;
+  // Blocks until every rank has come to `step` or beyond. Error{comm} like a collective's.
+  virtual void wait_for_all(std::int64_t step) = 0;
+};
+
 class Communicator {
  public:
   using Counts = std::span<const std::int64_t>;  // elements per rank, size() entries; zeros are fine
@@ -63,9 +75,11 @@ class Communicator {
   virtual at::Tensor make_buffer(std::int64_t numel, at::ScalarType dtype);
   // Collective, blocks: one uninitialised tensor that all ranks of this group have in common, where the backend knows
   // such memory (ranks of one node); elsewhere undefined, on every rank. What a rank writes into it the others see once
-  // a collective of this group that the writer called afterwards has completed on them; who overwrites what others read
+  // a collective of this group that the writer called afterwards has completed on them (or by a ProgressBoard); who overwrites what others read
   // must know that they are done. It may outlive the group.
   virtual at::Tensor make_shared(std::int64_t numel, at::ScalarType dtype);
+  // Collective, blocks. Null, on every rank, where make_shared() gives nothing.
+  virtual std::unique_ptr<ProgressBoard> make_progress_board();
   // Collective. Ranks of one colour form a group, ordered by (key, rank). Colours are >= 0.
   virtual std::unique_ptr<Communicator> split(int color, int key) = 0;
 };

@@ -61,8 +61,8 @@ NodeResult set_up_node(Transport& messages, const LayerOptions& options) {
   WaitPolicy wait;
   wait.num_spins = has_core_for_each(messages) ? kNumSpins : 0;
   wait.timeout = options.timeout;
-  return {ShmTransport::Setup{std::move(made.segment), slot_bytes, wait,
-                              gather(messages, static_cast<std::int64_t>(::getpid()))},
+  return {ShmTransport::Setup{std::move(made.segment), slot_bytes,
+                              {wait, messages.rank(), gather(messages, static_cast<std::int64_t>(::getpid()))}},
           {}};
 }
 

@@ -12,6 +12,12 @@ void copy_bytes(const at::Tensor& out, const at::Tensor& in) {
   if (in.nbytes() > 0) std::memmove(out.mutable_data_ptr(), in.const_data_ptr(), in.nbytes());
 }
 
+class SelfProgressBoard final : public ProgressBoard {
+ public:
+  void publish(std::int64_t /*step*/) override {}
+  void wait_for_all(std::int64_t /*step*/) override {}
+};
+
 class SelfCommunicator final : public Communicator {
  public:
   int rank() const override { return 0; }
@@ -42,6 +48,7 @@ class SelfCommunicator final : public Communicator {
   }
   void barrier() override {}
   at::Tensor make_shared(std::int64_t numel, at::ScalarType dtype) override { return make_buffer(numel, dtype); }
+  std::unique_ptr<ProgressBoard> make_progress_board() override { return std::make_unique<SelfProgressBoard>(); }
   std::unique_ptr<Communicator> split(int color, int /*key*/) override {
     check_split(color);
     return make_self_communicator();
@@ -59,6 +66,8 @@ at::Tensor Communicator::make_shared(std::int64_t numel, at::ScalarType dtype) {
   check_make_buffer(numel, dtype);
   return {};
 }
+
+std::unique_ptr<ProgressBoard> Communicator::make_progress_board() { return nullptr; }
 
 std::unique_ptr<Communicator> make_self_communicator() { return std::make_unique<SelfCommunicator>(); }
 

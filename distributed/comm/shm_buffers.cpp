@@ -1,11 +1,37 @@
 // The memory that ShmTransport gives to its callers.
+#include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <new>
 #include <utility>
 #include <vector>
 
 #include "distributed/comm/shm_transport.hpp"
 
 namespace shardtune {
+namespace {
+
+class ShmProgressBoard final : public ProgressBoard {
+ public:
+  // counters: one per rank, zero.
+  ShmProgressBoard(std::shared_ptr<std::byte> counters, PeerWait peers)
+      : counters_(std::move(counters)), peers_(std::move(peers)) {}
+
+  void publish(std::int64_t step) override { counter(peers_.rank).publish(static_cast<std::uint32_t>(step)); }
+  void wait_for_all(std::int64_t step) override {
+    for (int rank = 0; rank < static_cast<int>(peers_.process_of_rank.size()); ++rank) {
+      if (rank != peers_.rank) peers_.wait(counter(rank), static_cast<std::uint32_t>(step), rank, "progress board");
+    }
+  }
+
+ private:
+  SharedCounter& counter(int rank) const { return reinterpret_cast<SharedCounter*>(counters_.get())[rank]; }
+
+  std::shared_ptr<std::byte> counters_;
+  PeerWait peers_;
+};
+
+}  // namespace
 
 std::shared_ptr<std::byte> ShmTransport::make_buffer(std::int64_t bytes) {
   drop_unused_buffers();
@@ -26,6 +52,14 @@ std::shared_ptr<std::byte> ShmTransport::make_shared(std::int64_t bytes) {
     return nullptr;
   }
   return {made.segment, made.segment->part(0)};
+}
+
+std::unique_ptr<ProgressBoard> ShmTransport::make_progress_board() {
+  std::shared_ptr<std::byte> counters = make_shared(size() * static_cast<std::int64_t>(sizeof(SharedCounter)));
+  if (!counters) return nullptr;
+  new (counters.get() + rank() * sizeof(SharedCounter)) SharedCounter();
+  barrier();
+  return std::make_unique<ShmProgressBoard>(std::move(counters), peers_);
 }
 
 void ShmTransport::drop_unused_buffers() {

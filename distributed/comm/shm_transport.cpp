@@ -42,8 +42,7 @@ ShmTransport::ShmTransport(std::unique_ptr<Transport> messages, const LayerOptio
     : LayeredTransport(std::move(messages), options),
       segment_(std::move(setup.segment)),
       slot_bytes_(setup.slot_bytes),
-      wait_(setup.wait),
-      process_of_rank_(std::move(setup.process_of_rank)),
+      peers_(std::move(setup.peers)),
       addresses_(index(size())) {}
 
 std::byte* ShmTransport::parity_area(int rank) const noexcept {
@@ -68,9 +67,7 @@ void ShmTransport::begin_round(const Call& call) {
 
 void ShmTransport::meet(Operation operation) {
   counter(rank()).publish(round_);
-  for_other_ranks([&](int other) {
-    if (!counter(other).wait_for(round_, wait_)) fail_late(operation, other);
-  });
+  for_other_ranks([&](int other) { peers_.wait(counter(other), round_, other, name_of(operation)); });
 }
 
 ShmTransport::Source ShmTransport::enter(const Call& call) {
@@ -346,12 +343,13 @@ const char* ShmTransport::name_of(Operation operation) {
   return number < std::size(kNames) ? kNames[number] : "something else";
 }
 
-void ShmTransport::fail_late(Operation operation, int late) const {
+void PeerWait::wait(SharedCounter& counter, std::uint32_t value, int other, const char* operation) const {
+  if (counter.wait_for(value, policy)) return;
   fail(ErrorKind::comm,
        fmt::format("{}: rank {} of {} has waited {:g} s for rank {} (process {}), which does not come: it hangs, takes "
                    "longer than that, or calls something else; SHARDTUNE_COMM_TIMEOUT sets the seconds",
-                   name_of(operation), rank(), size(), std::chrono::duration<double>(wait_.timeout).count(), late,
-                   process_of_rank_[index(late)]));
+                   operation, rank, process_of_rank.size(), std::chrono::duration<double>(policy.timeout).count(), other,
+                   process_of_rank[index(other)]));
 }
 
 void ShmTransport::fail_different() const {

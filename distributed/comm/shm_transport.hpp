@@ -19,15 +19,23 @@
 
 namespace shardtune {
 
+// How a rank of a node waits for another one in shared memory.
+struct PeerWait {
+  WaitPolicy policy;
+  int rank;
+  std::vector<std::int64_t> process_of_rank;  // for messages
+
+  // Blocks until the counter of rank `other` has reached `value`; Error{comm} after the policy's timeout.
+  void wait(SharedCounter& counter, std::uint32_t value, int other, const char* operation) const;
+};
+
 class ShmTransport final : public LayeredTransport {
  public:
-  // `segment` has part_bytes(size of group, options) in each part and is fresh. The ranks' process numbers are for
-  // messages only.
+  // `segment` has part_bytes(size of group, options) in each part and is fresh.
   struct Setup {
     std::shared_ptr<SharedSegment> segment;
     std::int64_t slot_bytes;
-    WaitPolicy wait;
-    std::vector<std::int64_t> process_of_rank;
+    PeerWait peers;
   };
   ShmTransport(std::unique_ptr<Transport> messages, const LayerOptions& options, Setup setup);
 
@@ -40,6 +48,7 @@ class ShmTransport final : public LayeredTransport {
   void reduce_scatter(const std::byte* in, Counts numels, std::byte* out, const Reduction& reduction) override;
   std::shared_ptr<std::byte> make_buffer(std::int64_t bytes) override;
   std::shared_ptr<std::byte> make_shared(std::int64_t bytes) override;
+  std::unique_ptr<ProgressBoard> make_progress_board() override;
 
   static std::int64_t part_bytes(int size, std::int64_t slot_bytes);
 
@@ -95,7 +104,6 @@ class ShmTransport final : public LayeredTransport {
   SharedCounter& counter(int rank) const noexcept { return *reinterpret_cast<SharedCounter*>(segment_->part(rank)); }
   std::byte* in_buffer(int rank) const noexcept { return addresses_[static_cast<std::size_t>(rank)]; }
   static const char* name_of(Operation operation);
-  [[noreturn]] void fail_late(Operation operation, int late) const;
   [[noreturn]] void fail_different() const;
 
   // Kept until a later make_buffer() finds that no rank has tensors in it any more: what one rank can reach all can.
@@ -107,8 +115,7 @@ class ShmTransport final : public LayeredTransport {
 
   std::shared_ptr<SharedSegment> segment_;
   std::int64_t slot_bytes_;
-  WaitPolicy wait_;
-  std::vector<std::int64_t> process_of_rank_;
+  PeerWait peers_;
   std::uint32_t round_ = 0;
   std::vector<Buffer> buffers_;
   std::int64_t num_buffers_made_ = 0;

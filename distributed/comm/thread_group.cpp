@@ -6,6 +6,7 @@
 #include <cstring>
 #include <exception>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <tuple>
@@ -64,16 +65,24 @@ struct Group {
       job->changed.notify_all();
       return;
     }
-    const auto missing = [&] {
-      return std::find_if(members.begin(), members.end(),
-                          [&](int member) { return job->has_left[static_cast<std::size_t>(member)]; });
-    };
+    const auto have_come = [&] { return generation != mine; };
+    if (!is_interruptible) return job->changed.wait(lock, have_come);
+    wait(lock, have_come, [](std::size_t) { return true; });
+  }
+
+  // Blocks until all is done. Error{comm} when a rank has failed, or when one that is awaited, by its place, has ended.
+  template <class IsDone, class IsAwaited>
+  void wait(std::unique_lock<std::mutex>& lock, const IsDone& is_done, const IsAwaited& is_awaited) {
+    std::optional<int> missing;
     job->changed.wait(lock, [&] {
-      return generation != mine || (is_interruptible && (!job->failure.empty() || missing() != members.end()));
+      for (std::size_t place = 0; place < members.size(); ++place) {
+        if (job->has_left[static_cast<std::size_t>(members[place])] && is_awaited(place)) missing = members[place];
+      }
+      return is_done() || !job->failure.empty() || missing;
     });
-    if (generation != mine) return;
+    if (is_done()) return;
     if (!job->failure.empty()) fail(ErrorKind::comm, job->failure);
-    fail(ErrorKind::comm, fmt::format("thread rank {} has ended while others wait for it in a collective", *missing()));
+    fail(ErrorKind::comm, fmt::format("thread rank {} has ended while others wait for it in a collective", *missing));
   }
 
   const std::shared_ptr<Job> job;
@@ -86,6 +95,35 @@ struct Group {
 void copy_bytes(std::byte* to, const std::byte* from, std::int64_t bytes) {
   if (bytes > 0 && to != from) std::memcpy(to, from, static_cast<std::size_t>(bytes));
 }
+
+class ThreadProgressBoard final : public ProgressBoard {
+ public:
+  // steps: one per member, zero, guarded by the job's mutex.
+  ThreadProgressBoard(std::shared_ptr<Group> group, int rank, std::shared_ptr<std::int64_t> steps)
+      : group_(std::move(group)), rank_(rank), steps_(std::move(steps)) {}
+
+  void publish(std::int64_t step) override {
+    const std::lock_guard lock(group_->job->mutex);
+    steps_.get()[rank_] = step;
+    group_->job->changed.notify_all();
+  }
+  void wait_for_all(std::int64_t step) override {
+    std::unique_lock lock(group_->job->mutex);
+    const auto is_awaited = [&](std::size_t place) { return steps_.get()[place] < step; };
+    const auto is_done = [&] {
+      for (std::size_t place = 0; place < group_->members.size(); ++place) {
+        if (is_awaited(place)) return false;
+      }
+      return true;
+    };
+    group_->wait(lock, is_done, is_awaited);
+  }
+
+ private:
+  std::shared_ptr<Group> group_;
+  int rank_;
+  std::shared_ptr<std::int64_t> steps_;
+};
 
 class ThreadTransport final : public Transport {
  public:
@@ -144,6 +182,14 @@ class ThreadTransport final : public Transport {
     group_->release();
     group_->published[static_cast<std::size_t>(rank_)].memory.reset();
     return memory;
+  }
+
+  std::unique_ptr<ProgressBoard> make_progress_board() override {
+    const std::shared_ptr<std::byte> memory = make_shared(size() * static_cast<std::int64_t>(sizeof(std::int64_t)));
+    const std::shared_ptr<std::int64_t> steps(memory, reinterpret_cast<std::int64_t*>(memory.get()));
+    steps.get()[rank_] = 0;
+    barrier();
+    return std::make_unique<ThreadProgressBoard>(group_, rank_, steps);
   }
 
   std::string describe() const override { return "threads"; }

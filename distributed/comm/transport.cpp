@@ -70,4 +70,6 @@ std::shared_ptr<std::byte> Transport::make_buffer(std::int64_t /*bytes*/) { retu
 
 std::shared_ptr<std::byte> Transport::make_shared(std::int64_t /*bytes*/) { return nullptr; }
 
+std::unique_ptr<ProgressBoard> Transport::make_progress_board() { return nullptr; }
+
 }  // namespace shardtune

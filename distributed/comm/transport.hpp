@@ -49,6 +49,7 @@ class Transport {
   // Memory that all ranks of the group have in common, on a page or at least a 64-byte boundary; null on every rank
   // where there is no such thing. Valid as long as this pointer.
   virtual std::shared_ptr<std::byte> make_shared(std::int64_t bytes);
+  virtual std::unique_ptr<ProgressBoard> make_progress_board();  // null on every rank where make_shared() gives nothing
 };
 
 // Equal slices for all but the last ranks, in multiples of 64 elements, so that no two ranks write one cache line.

@@ -119,6 +119,14 @@ at::Tensor TransportCommunicator::make_shared(std::int64_t numel, at::ScalarType
   return make_tensor(Operation::make_shared, &Transport::make_shared, numel, dtype);
 }
 
+std::unique_ptr<ProgressBoard> TransportCommunicator::make_progress_board() {
+  std::unique_ptr<ProgressBoard> board;
+  submit(fingerprint_of(Operation::make_progress_board), [&board](Transport& transport) {
+    board = transport.make_progress_board();
+  }).wait();
+  return board;
+}
+
 std::unique_ptr<Communicator> TransportCommunicator::split(int color, int key) {
   check_split(color);
   return split_by([color, key](Transport& transport) { return transport.split(color, key); });

@@ -28,6 +28,7 @@ class TransportCommunicator final : public Communicator {
   void barrier() override;
   at::Tensor make_buffer(std::int64_t numel, at::ScalarType dtype) override;
   at::Tensor make_shared(std::int64_t numel, at::ScalarType dtype) override;
+  std::unique_ptr<ProgressBoard> make_progress_board() override;
   std::unique_ptr<Communicator> split(int color, int key) override;
 
   // For tests. Collective: a part of this group's transport, made by `split` where operations run.

@@ -1,12 +1,12 @@
 #include "distributed/parallel/shared_copies.hpp"
 
-#include <ATen/ops/zeros.h>
-
 #include "core/error.hpp"
 
 namespace shardtune {
 
 bool SharedCopies::make_class(std::int64_t bytes, int count) {
+  if (!board_) board_ = ranks_.make_progress_board();
+  if (!board_) return false;
   for (int i = 0; i < count; ++i) {
     at::Tensor memory = ranks_.make_shared(bytes, at::kByte);
     if (!memory.defined()) {
@@ -29,9 +29,7 @@ std::size_t SharedCopies::take(int copy_class) {
     if (oldest == nullptr || copy.released_before < oldest->released_before) oldest = &copy;
   }
   check_internal(oldest != nullptr, "SharedCopies: more units are gathered at once than the plan foresees");
-  // What is still under way cannot tell that others have released: it has not completed here.
-  const std::int64_t num_completed = num_begun_ - static_cast<std::int64_t>(under_way_.size());
-  if (oldest->released_before >= num_completed) {
+  if (oldest->released_before >= num_completed_) {
     wait_until_filled(oldest->released_before < num_begun_ ? oldest->released_before : fill_done());
   }
   const auto index = static_cast<std::size_t>(oldest - copies_.data());
@@ -45,16 +43,14 @@ void SharedCopies::release(std::size_t copy) noexcept {
 }
 
 std::int64_t SharedCopies::fill_done() {
-  at::Tensor word = at::zeros({1}, at::kLong);
-  under_way_.push_back({word, ranks_.all_reduce(word, ReduceOp::max)});
+  board_->publish(num_begun_ + 1);
   return num_begun_++;
 }
 
 void SharedCopies::wait_until_filled(std::int64_t number) {
-  while (num_begun_ - static_cast<std::int64_t>(under_way_.size()) <= number) {
-    under_way_.front().work.wait();
-    under_way_.pop_front();
-  }
+  if (number < num_completed_) return;
+  board_->wait_for_all(number + 1);
+  num_completed_ = number + 1;
 }
 
 }  // namespace shardtune

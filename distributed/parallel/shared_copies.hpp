@@ -6,9 +6,13 @@
 // A rank that has called fill_done() has, before that in its program, released what it released. So when a fill_done()
 // has completed on all ranks, everything released before it is free on all of them, without a message of its own. With
 // three copies for two in use (the running unit's and the next one's) this costs no waiting.
+//
+// Note [Why copies have a progress board]
+// "Written" must not queue behind gradients on their way to other machines (or delayed by them): the next unit would wait
+// for both.
 #include <cstddef>
 #include <cstdint>
-#include <deque>
+#include <memory>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
@@ -36,8 +40,8 @@ class SharedCopies {
   // Local: this rank does not read the copy any more.
   void release(std::size_t copy) noexcept;
 
-  // Collective. To be called when this rank's part of a copy is written; wait_until_filled() with the number returned
-  // blocks until all parts are.
+  // Local, but in the same order on all ranks. To be called when this rank's part of a copy is written;
+  // wait_until_filled() with the number returned blocks until all parts are.
   std::int64_t fill_done();
   void wait_until_filled(std::int64_t number);
 
@@ -48,17 +52,13 @@ class SharedCopies {
     bool is_free = true;
     std::int64_t released_before = -1;  // a fill_done() with this or a higher number says that all ranks have released
   };
-  struct Filling {
-    at::Tensor word;
-    Work work;
-  };
-
   Communicator& ranks_;
   ByteCounter& counter_;
   std::vector<Copy> copies_;
   int num_classes_ = 0;
-  std::int64_t num_begun_ = 0;  // fill_done() calls
-  std::deque<Filling> under_way_;
+  std::unique_ptr<ProgressBoard> board_;  // steps: fill_done() calls
+  std::int64_t num_begun_ = 0;
+  std::int64_t num_completed_ = 0;  // as far as this rank has waited
 };
 
 }  // namespace shardtune

@@ -1,9 +1,13 @@
 // Whatever happens to the bytes of a committed checkpoint is found: by verify_checkpoint always, by load whenever the
 // bytes are read.
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <random>
+#include <string>
+#include <string_view>
+#include <vector>
 
 #include <fcntl.h>
 #include <fmt/format.h>
@@ -271,6 +275,36 @@ TEST(Manifest, ARefusalNamesTheValue) {
         ErrorKind::data, [&] { parse_manifest(text + ",\"checksum\":\"" + to_hex(hash_bytes(text)) + "\"}\n", "m"); });
     EXPECT_NE(said.find(change.second), std::string::npos) << said;
   }
+}
+
+// Between memory and the disk: before the file is synced a bit of it changes, once for the first, the middle and the last byte
+// of every tensor; blocks of the block table are covered by one tensor, by many, and partly by HDF5's own bytes.
+TEST(ReadBack, FindsWhatChangedOnItsWayToTheDisk) {
+  const std::vector<TestTensor> tensors = test_tensors(2000);  // 6 MB for the largest
+  TempDir dir;
+  save_test_state(dir.path(), 1, 1, tensors);
+  const std::string good = read_file(dir / "checkpoint-1/shard-00000-of-00001.h5");
+  const StateView state = expected_state(tensors, 1, 0, 1);
+  for (const StateSlice& slice : state.slices) {
+    const std::string_view bytes(static_cast<const char*>(slice.data.const_data_ptr()), slice.data.nbytes());
+    if (bytes.empty()) continue;
+    const std::size_t begin = good.find(bytes);
+    ASSERT_NE(begin, std::string::npos) << slice.name;
+    for (const std::size_t position : {begin, begin + bytes.size() / 2, begin + bytes.size() - 1}) {
+      set_save_phase_hook([&](const char* phase, std::int64_t) {
+        if (std::string_view(phase) != "shard_closed") return;
+        const UniqueFd fd(::open((dir / "checkpoint-1.partial/shard-00000-of-00001.h5.tmp").c_str(), O_RDWR));
+        const char changed = static_cast<char>(good[position] ^ 4);
+        ASSERT_EQ(::pwrite(fd.get(), &changed, 1, static_cast<off_t>(position)), 1) << std::strerror(errno);
+      });
+      std::filesystem::remove_all(dir / "checkpoint-1");
+      const std::string said =
+          testing_support::error_of(ErrorKind::io, [&] { save_test_state(dir.path(), 1, 1, tensors); });
+      EXPECT_NE(said.find("what was read back is not what was written"), std::string::npos) << said;
+      EXPECT_FALSE(std::filesystem::exists(dir / "checkpoint-1"));
+    }
+  }
+  set_save_phase_hook(nullptr);
 }
 
 }  // namespace

@@ -43,8 +43,14 @@ std::vector<at::Tensor> take_all(Snapshot& snapshot, int delay_us) {
   for (const StateSlice& slice : snapshot.view().slices)
     taken.push_back(at::full({slice.data.numel()}, -1.0, at::kFloat));
   std::vector<char> buffer(Snapshot::kPieceBytes);
-  while (const auto piece = snapshot.take(buffer.data())) {
-    std::memcpy(static_cast<char*>(taken[piece->slice].data_ptr()) + piece->begin, buffer.data(), piece->size);
+  std::size_t num_told = 0;
+  const auto copied = [&](const Snapshot::Piece& piece, std::size_t begin, std::size_t size) {
+    EXPECT_EQ(begin, num_told);
+    num_told += size;
+    std::memcpy(static_cast<char*>(taken[piece.slice].data_ptr()) + piece.begin + begin, buffer.data() + begin, size);
+  };
+  while (const auto piece = snapshot.take(buffer.data(), copied)) {
+    EXPECT_EQ(std::exchange(num_told, 0), piece->size);
     std::this_thread::sleep_for(std::chrono::microseconds(delay_us));
   }
   return taken;
@@ -107,16 +113,27 @@ TEST(Snapshot, NothingIsCopiedForOtherTensorsOrAfterTheEnd) {
 }
 
 TEST(Snapshot, AFailedWriterFreesTheTrainingThread) {
-  const std::vector<at::Tensor> tensors = numbered_tensors();
-  Snapshot snapshot(view_of(tensors), 1);
-  std::thread writer([&] {
-    std::vector<char> buffer(Snapshot::kPieceBytes);
-    snapshot.take(buffer.data());
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));
-    snapshot.abandon();
-  });
-  for (const at::Tensor& tensor : tensors) snapshot.preserve(tensor);  // would wait for ever
-  writer.join();
+  for (const bool is_within_a_piece : {false, true}) {
+    const std::vector<at::Tensor> tensors = numbered_tensors();
+    Snapshot snapshot(view_of(tensors), 1);
+    std::atomic<bool> has_taken = false;
+    std::thread writer([&] {
+      std::vector<char> buffer(Snapshot::kPieceBytes);
+      const auto copied = [&](const Snapshot::Piece&, std::size_t, std::size_t) {
+        has_taken = true;
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        if (is_within_a_piece) throw std::bad_alloc();
+      };
+      try {
+        snapshot.take(buffer.data(), copied);
+      } catch (const std::bad_alloc&) {
+      }
+      snapshot.abandon();
+    });
+    while (!has_taken) std::this_thread::yield();
+    for (const at::Tensor& tensor : tensors) snapshot.preserve(tensor);  // would wait for ever
+    writer.join();
+  }
 }
 
 TEST(Snapshot, ACancelledOneThrowsInTheWriter) {

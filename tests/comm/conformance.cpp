@@ -1,9 +1,12 @@
 #include "tests/comm/conformance.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <thread>
 #include <vector>
 
 #include <ATen/ATen.h>
@@ -295,6 +298,29 @@ void shared_memory_is_common_to_all_ranks(Communicator& communicator) {
   }
 }
 
+// Also beside collectives under way, and by a rank that says nothing for a while.
+void a_progress_board_tells_of_what_was_written(Communicator& communicator) {
+  const int size = communicator.size();
+  const at::Tensor shared = communicator.make_shared(2 * size, at::kLong);
+  const std::unique_ptr<ProgressBoard> board = communicator.make_progress_board();
+  ASSERT_EQ(shared.defined(), board != nullptr);
+  if (!board) return;
+  board->wait_for_all(0);
+  for (std::int64_t step = 1; step <= 20; ++step) {
+    if (communicator.rank() == step % size) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    const at::Tensor half = shared.narrow(0, step % 2 * size, size);  // a rank may be one step ahead
+    half[communicator.rank()].fill_(step);
+    const at::Tensor sum = at::full({1}, step, at::kLong);
+    Work under_way = communicator.all_reduce(sum, ReduceOp::sum);
+    board->publish(2 * step);
+    board->wait_for_all(2 * step - 1);  // need not have been published as such
+    EXPECT_TRUE(at::equal(half, at::full({size}, step, at::kLong)));
+    under_way.wait();
+    EXPECT_EQ(sum.item<std::int64_t>(), size * step);
+  }
+  communicator.barrier();
+}
+
 void bad_arguments_are_refused_before_anything_is_sent(Communicator& communicator) {
   const auto size = static_cast<std::size_t>(communicator.size());
   const Counts ones(size, 1);
@@ -331,6 +357,7 @@ void run_all(Communicator& communicator) {
   unwaited_operations_run_in_order(communicator);
   split_orders_by_key_and_works(communicator);
   shared_memory_is_common_to_all_ranks(communicator);
+  a_progress_board_tells_of_what_was_written(communicator);
   bad_arguments_are_refused_before_anything_is_sent(communicator);
 }
 

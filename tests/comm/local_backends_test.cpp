@@ -82,6 +82,22 @@ TEST(ThreadRanks, ARankThatEndsEarlyIsNamedInsteadOfWaitedForForever) {
   EXPECT_NE(message.find("thread rank 1 has ended"), std::string::npos) << message;
 }
 
+TEST(ThreadRanks, WaitingAtAProgressBoardAreEndedByARankThatFailsOrEnds) {
+  const auto body = [](bool is_failing) {
+    return [is_failing](Communicator& communicator) {
+      const auto board = communicator.make_progress_board();
+      board->publish(communicator.rank() == 2 ? 1 : 2);
+      board->wait_for_all(1);
+      if (communicator.rank() == 0) return;  // has said all that the others want of it
+      if (communicator.rank() == 1) board->wait_for_all(2);
+      if (is_failing) fail(ErrorKind::comm, "row 17");
+    };
+  };
+  EXPECT_EQ(error_of(3, body(true)), "row 17");
+  const std::string message = error_of(3, body(false));
+  EXPECT_NE(message.find("thread rank 2 has ended"), std::string::npos) << message;
+}
+
 TEST(ThreadRanks, DifferentCollectivesAreNamedWithTheirRanks) {
   const std::string message = error_of(3, [](Communicator& communicator) {
     const at::Tensor tensor = at::zeros({communicator.rank() == 2 ? 8 : 7}, at::kFloat);

@@ -72,7 +72,7 @@ CommunicatorHooks spoiling_hooks(Bug bug, at::ScalarType dtype, std::int64_t own
     flip_sign(elements[out.numel() - 1]);
   };
   hooks.before = [=](const std::string& operation, const at::Tensor&) {
-    if (bug != Bug::copy_bit_flipped || operation != "all_reduce" || seen->copies.empty() || seen->num++ > 0) return;
+    if (bug != Bug::copy_bit_flipped || operation != "publish" || seen->num++ > 0) return;
     flip_sign(seen->copies.front().view(dtype)[own_element]);  // the root's is filled first
   };
   return hooks;

@@ -1,5 +1,6 @@
 #pragma once
-// A Communicator that lets a test see every operation before it is issued, and its result when it is there.
+// A Communicator that lets a test see every operation before it is issued, and its result when it is there. ProgressBoards
+// call the first hook with "publish" and no tensor.
 #include <functional>
 #include <memory>
 #include <string>
@@ -51,6 +52,10 @@ class WrappingCommunicator final : public Communicator {
     if (made.defined()) hooks_.after("make_shared", made);
     return made;
   }
+  std::unique_ptr<ProgressBoard> make_progress_board() override {
+    std::unique_ptr<ProgressBoard> made = hooks_.has_shared_memory ? inner_->make_progress_board() : nullptr;
+    return made ? std::make_unique<Board>(std::move(made), hooks_) : nullptr;
+  }
   std::unique_ptr<Communicator> split(int color, int key) override {
     std::unique_ptr<Communicator> part = inner_->split(color, key);
     auto wrapped = std::make_unique<WrappingCommunicator>(*part, hooks_);
@@ -59,6 +64,21 @@ class WrappingCommunicator final : public Communicator {
   }
 
  private:
+  class Board final : public ProgressBoard {
+   public:
+    Board(std::unique_ptr<ProgressBoard> inner, const CommunicatorHooks& hooks)
+        : inner_(std::move(inner)), hooks_(hooks) {}
+    void publish(std::int64_t step) override {
+      hooks_.before("publish", {});
+      inner_->publish(step);
+    }
+    void wait_for_all(std::int64_t step) override { inner_->wait_for_all(step); }
+
+   private:
+    std::unique_ptr<ProgressBoard> inner_;
+    CommunicatorHooks hooks_;
+  };
+
   template <class Issue>
   Work wrap(const std::string& operation, const at::Tensor& sent, const at::Tensor& out, const Issue& issue) {
     hooks_.before(operation, sent);
