@@ -70,6 +70,7 @@ class DelayingCommunicator final : public Communicator {
 
   int rank() const override { return inner_.rank(); }
   int size() const override { return inner_.size(); }
+  bool runs_on_own_cores() const override { return false; }
   Work all_reduce(at::Tensor tensor, ReduceOp op) override {
     const auto bytes = static_cast<std::int64_t>(tensor.nbytes());
     return issue(bytes, [this, tensor, op] { return inner_.all_reduce(tensor, op); });

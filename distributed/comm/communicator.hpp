@@ -58,6 +58,9 @@ class Communicator {
   virtual ~Communicator() = default;
   virtual int rank() const = 0;
   virtual int size() const = 0;
+  // True: operations are work of these ranks' own cores (one node), so that having more of them under way hides nothing.
+  // False: a network does most of it meanwhile. The same on all ranks.
+  virtual bool runs_on_own_cores() const = 0;
 
   // tensor := reduction over ranks, in place, same bits on all ranks.
   [[nodiscard]] virtual Work all_reduce(at::Tensor tensor, ReduceOp op) = 0;

@@ -22,6 +22,7 @@ class SelfCommunicator final : public Communicator {
  public:
   int rank() const override { return 0; }
   int size() const override { return 1; }
+  bool runs_on_own_cores() const override { return true; }
 
   Work all_reduce(at::Tensor tensor, ReduceOp op) override {
     check_all_reduce(tensor, op);

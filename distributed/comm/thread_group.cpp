@@ -131,6 +131,7 @@ class ThreadTransport final : public Transport {
 
   int rank() const override { return rank_; }
   int size() const override { return static_cast<int>(group_->members.size()); }
+  bool runs_on_own_cores() const override { return true; }
 
   void exchange(const std::byte* send, Counts send_bytes, std::byte* receive, Counts receive_bytes) override {
     publish({.send = send, .send_bytes = send_bytes.data()});

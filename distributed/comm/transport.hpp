@@ -24,6 +24,7 @@ class Transport {
   virtual ~Transport() = default;
   virtual int rank() const = 0;
   virtual int size() const = 0;
+  virtual bool runs_on_own_cores() const { return false; }  // see Communicator
 
   // Part r of `send` goes to rank r; `receive` gets receive_bytes[r] bytes from rank r. The buffers do not overlap.
   virtual void exchange(const std::byte* send, Counts send_bytes, std::byte* receive, Counts receive_bytes) = 0;

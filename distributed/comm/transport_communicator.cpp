@@ -34,6 +34,7 @@ TransportCommunicator::TransportCommunicator(std::shared_ptr<Transport> transpor
       executor_(std::move(executor)),
       rank_(transport_->rank()),
       size_(transport_->size()),
+      runs_on_own_cores_(transport_->runs_on_own_cores()),
       check_collectives_(check_collectives) {}
 
 TransportCommunicator::~TransportCommunicator() { executor_->dispose(std::move(transport_)); }

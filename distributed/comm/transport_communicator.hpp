@@ -20,6 +20,7 @@ class TransportCommunicator final : public Communicator {
 
   int rank() const override { return rank_; }
   int size() const override { return size_; }
+  bool runs_on_own_cores() const override { return runs_on_own_cores_; }
   Work all_reduce(at::Tensor tensor, ReduceOp op) override;
   Work all_gather(at::Tensor out, at::Tensor in, Counts counts) override;
   Work reduce_scatter(at::Tensor out, at::Tensor in, Counts counts) override;
@@ -47,6 +48,7 @@ class TransportCommunicator final : public Communicator {
   std::shared_ptr<Executor> executor_;
   int rank_;
   int size_;
+  bool runs_on_own_cores_;
   bool check_collectives_;
   std::int64_t sequence_ = 0;
 };

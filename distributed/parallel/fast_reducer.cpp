@@ -30,9 +30,8 @@ void FastReducer::add(ShardUnit& unit, std::int64_t round) {
     unit.drop_gradients();
   }
   if (context_.grid.num_shards() > 1) {
-    merge_last_add();
+    merge_earlier_adds(unit);
     issue_over_shards(unit, unit_sum, std::exchange(gradients, {}));
-    set_last_add(unit);
   } else if (unit_sum.whole.empty()) {
     unit_sum.whole = std::move(gradients);
   } else {

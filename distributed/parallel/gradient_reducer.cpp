@@ -13,7 +13,7 @@ GradientReducer::GradientReducer(const ShardContext& context, GradientProbe prob
 
 void GradientReducer::begin_step(const RoundSchedule& schedule) {
   schedule_ = schedule;
-  last_add_ = nullptr;
+  added_.clear();
   finishing_.clear();
   forget_sums();
   count_partials();
@@ -39,12 +39,14 @@ ReductionAxis GradientReducer::over_replicas(const ShardUnit& unit) const {
 }
 
 void GradientReducer::merge(ShardUnit& unit) {
-  if (last_add_ == &unit) last_add_ = nullptr;
+  std::erase(added_, &unit);
   merge_received(unit);
 }
 
-void GradientReducer::merge_last_add() {
-  if (last_add_ != nullptr) merge(*last_add_);
+void GradientReducer::merge_earlier_adds(ShardUnit& unit) {
+  while (added_.size() >= lag()) merge(*added_.front());
+  if (!added_.empty() && added_.front() == &unit) merge(unit);
+  added_.push_back(&unit);
 }
 
 bool GradientReducer::is_last_wait(const Finishing& finishing) const {
@@ -80,8 +82,8 @@ bool GradientReducer::advance(Finishing& finishing) {
 // What was begun earlier comes first: its buckets are free for what is begun now.
 void GradientReducer::finish(ShardUnit& unit) {
   for (Finishing& earlier : std::exchange(finishing_, {})) {
-    const int lag = is_last_wait(earlier) ? 2 : 1;
-    if (++earlier.num_calls < lag || advance(earlier)) finishing_.push_back(earlier);
+    const std::size_t wanted_calls = is_last_wait(earlier) ? lag() : 1;
+    if (++earlier.num_calls < wanted_calls || advance(earlier)) finishing_.push_back(earlier);
   }
   Finishing own{.unit = &unit};
   if (advance(own)) finishing_.push_back(own);

@@ -1,6 +1,7 @@
 #pragma once
 // From the gradients of a step's micro-batches to ShardedParameter::gradient: the sum over all of them, each slice at
 // its owner, gathered over replicas. The order of adding is what the implementations differ in.
+#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -29,11 +30,11 @@ class GradientReducer {
   void begin_step(const RoundSchedule& schedule);
   // Takes the unit's .grad as that of this rank's micro-batch in `round`; a rank without one contributes nothing and
   // its .grad is discarded. Collective when the plan reduces every micro-batch: for every unit with trainable
-  // parameters once per round. Waits for the exchange that the add() before issued.
+  // parameters once per round.
   virtual void add(ShardUnit& unit, std::int64_t round) = 0;
   // Collective, once per unit after its last add(). Moves units before it one stage on and starts this one's way to
   // ShardedParameter::gradient. Communication that more depends on had the time since the last call to run, a unit's
-  // last the time since the call before that: units differ in what they compute and send.
+  // last the time of lag() calls.
   void finish(ShardUnit& unit);
   void finish_all();  // collective; completes every unit given to finish()
 
@@ -59,9 +60,9 @@ class GradientReducer {
   ReductionAxis over_shards(const ShardUnit& unit) const;
   ReductionAxis over_replicas(const ShardUnit& unit) const;
   const RoundSchedule& schedule() const;
-  // add() has issued an exchange; the next one waits for it.
-  void merge_last_add();
-  void set_last_add(ShardUnit& unit) { last_add_ = &unit; }
+  // To be called by an add() that is about to issue an exchange: waits for those of lag() calls before and earlier, and
+  // for the unit's own.
+  void merge_earlier_adds(ShardUnit& unit);
 
   ShardContext context_;
 
@@ -69,16 +70,19 @@ class GradientReducer {
   struct Finishing {
     ShardUnit* unit;
     int stage = 0;
-    int num_calls = 0;  // of finish() since it came to this stage
+    std::size_t num_calls = 0;  // of finish() since it came to this stage
   };
   // Runs the unit's stages until something is under way (true) or the unit has its gradient (false).
   bool advance(Finishing& finishing);
   bool is_last_wait(const Finishing& finishing) const;  // all of its communication has been issued
+  // How many units later a sum is waited for. Two where a network works meanwhile, because units differ in what they
+  // compute and send; a node's own cores would only keep more memory in use (steps of zero3 took 6 % longer).
+  std::size_t lag() const { return context_.grid.world().runs_on_own_cores() ? 1 : 2; }
   void merge(ShardUnit& unit);
 
   GradientProbe probe_;
   std::optional<RoundSchedule> schedule_;
-  ShardUnit* last_add_ = nullptr;  // whose exchange add() has issued, while it is under way
+  std::deque<ShardUnit*> added_;     // whose exchanges add() has issued, while they are under way, by age
   std::deque<Finishing> finishing_;  // by age
 };
 

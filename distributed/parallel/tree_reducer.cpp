@@ -47,12 +47,11 @@ void TreeReducer::add(ShardUnit& unit, std::int64_t round) {
       const std::int64_t index = schedule().micro_batch(shard * num_replicas + context_.grid.replica(), round);
       contributions.push_back(index >= 0 ? std::optional(TreeNode{0, index}) : std::nullopt);
     }
-    merge_last_add();
+    merge_earlier_adds(unit);
     std::vector<Pieces> parts;
     if (own_index >= 0) parts = unit.slices_of_shards(gradients);
     gradients.clear();  // freed as soon as they are in buckets
     issue(unit_sums, unit_sums.shard, shard_axis(unit), std::move(parts), contributions);
-    set_last_add(unit);
   } else if (own_index >= 0) {
     round_leaves(gradients);
     (num_shards > 1 ? unit_sums.local : unit_sums.shard).add({0, own_index}, std::move(gradients));

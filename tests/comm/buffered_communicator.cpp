@@ -17,6 +17,7 @@ class BufferedCommunicator final : public Communicator {
 
   int rank() const override { return inner_.rank(); }
   int size() const override { return inner_.size(); }
+  bool runs_on_own_cores() const override { return inner_.runs_on_own_cores(); }
 
   Work all_reduce(at::Tensor tensor, ReduceOp op) override {
     const at::Tensor staged = stage(inputs_, tensor);

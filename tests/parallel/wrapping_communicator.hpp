@@ -12,6 +12,7 @@ namespace shardtune::toy {
 
 struct CommunicatorHooks {
   bool has_shared_memory = true;  // false: as a backend without; the same on all ranks
+  bool is_network = false;        // what runs_on_own_cores() denies; the same on all ranks
   // `sent` may be changed: what leaves this rank is what the hook makes of it.
   std::function<void(const std::string& operation, at::Tensor sent)> before = [](const std::string&,
                                                                                  const at::Tensor&) {};
@@ -26,6 +27,7 @@ class WrappingCommunicator final : public Communicator {
 
   int rank() const override { return inner_->rank(); }
   int size() const override { return inner_->size(); }
+  bool runs_on_own_cores() const override { return !hooks_.is_network; }
   Work all_reduce(at::Tensor tensor, ReduceOp op) override {
     return wrap("all_reduce", tensor, tensor, [&] { return inner_->all_reduce(tensor, op); });
   }
