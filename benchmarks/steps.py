@@ -54,10 +54,10 @@ def argument_parser(doc, shape):
     return parser
 
 
-def step_seconds(options, folder, ranks, arguments, num_jobs=1):
-    """Seconds of each step of a job, or of several at a time, with one thread a rank, each on a core of its own as long as there are cores."""
-    shape, _, rows = SHAPES[options.shape]
-    task = "causal-lm" if shape["model_type"] == "llama" else "text-classification"
+def step_seconds(options, folder, ranks, arguments, num_jobs=1, rows=None):
+    """Seconds of each step of a job, or of several at a time, with one thread a rank, each on a core of its own while there are any."""
+    rows = rows or SHAPES[options.shape][2]
+    task = "causal-lm" if json.loads((folder / "config.json").read_text())["model_type"] == "llama" else "text-classification"
     command = ["mpirun", "--bind-to", "none", "--oversubscribe", "-n", ranks, options.program, "train", "--config_name", folder,
                "--task", task, "--train_file", folder / "train.jsonl", "--overwrite_output_dir",
                "--per_device_train_batch_size", rows, "--max_steps", options.steps + DROPPED, "--logging_steps", 1,
@@ -66,20 +66,26 @@ def step_seconds(options, folder, ranks, arguments, num_jobs=1):
     outputs = [folder / f"out{number}" for number in range(num_jobs)]
     jobs = [subprocess.Popen([*map(str, command), "--output_dir", out], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                              stdin=subprocess.DEVNULL) for out in outputs]
-    seconds = []
-    for job, out in zip(jobs, outputs):
-        errors = job.communicate()[1]
+    errors = [job.communicate()[1] for job in jobs]
+    for job, text in zip(jobs, errors):
         if job.returncode != 0:
-            sys.exit(f"exit code {job.returncode}: {errors[-3000:]}")
+            sys.exit(f"exit code {job.returncode}: {text[-3000:]}")
+    seconds = []
+    for out in outputs:
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         seconds += [record["step_seconds"] for record in records[DROPPED:]]
     return seconds
 
 
-def median_milliseconds(options, folder, runs):
-    """Of the steps of each of `runs`, arguments of step_seconds, which alternate."""
+def medians(repeats, runs):
+    """Milliseconds: medians of what each of `runs`, functions that return seconds of steps, has given; they alternate."""
     seconds = [[] for _ in runs]
-    for _ in range(options.repeats):
+    for _ in range(repeats):
         for values, run in zip(seconds, runs):
-            values += step_seconds(options, folder, *run)
+            values += run()
     return [1e3 * statistics.median(values) for values in seconds]
+
+
+def median_milliseconds(options, folder, runs):
+    """Of the steps of each of `runs`, arguments of step_seconds."""
+    return medians(options.repeats, [lambda run=run: step_seconds(options, folder, *run) for run in runs])

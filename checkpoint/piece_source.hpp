@@ -22,10 +22,11 @@ class PieceSource {
   virtual ~PieceSource() = default;
   // What there is; its elements are given out by take() only.
   virtual const StateView& view() const = 0;
-  // Bytes [begin, begin + size) of a piece have been copied, and still lie in the processor's cache.
+  // Bytes [begin, begin + size) of a piece have been copied: a little at a time where the source can, while it lies in
+  // the cache.
   using Copied = std::function<void(const Piece& piece, std::size_t begin, std::size_t size)>;
-  // Copies one piece into `into` (kPieceBytes), telling of its parts in order; every piece is given out exactly once, in an
-  // order of the source's choice; nothing when all were given out.
+  // Copies one piece into `into` (kPieceBytes), telling of its parts in order; every piece is given out exactly once,
+  // in an order of the source's choice; nothing when all were given out.
   virtual std::optional<Piece> take(void* into, const Copied& copied) = 0;
   // The taker has failed and will take nothing more.
   virtual void abandon() {}

@@ -15,8 +15,8 @@
 namespace shardtune {
 namespace {
 
-// Hashes bytes on their way from memory to the file, cut where the file's blocks end: most blocks are then covered by one
-// part, whose hash is the one that the block table has for them.
+// Hashes bytes on their way from memory to the file, cut where the file's blocks end: most blocks are then covered by
+// one part, whose hash is the one that the block table has for them.
 class PartHasher {
  public:
   // The bytes that will lie at `position` and follow those given before, or begin a new part.
@@ -60,10 +60,10 @@ BlockTable read_back(const std::filesystem::path& file, std::vector<WrittenPart>
     for (; next != written.end() && next->position < at + block.size(); ++next) {
       const bool is_within = next->position >= at && next->position + next->size <= at + block.size();
       const bool is_whole = is_within && next->size == block.size();
-      if (is_within && (is_whole ? hash : hash_bytes(block.substr(next->position - at, next->size))) == next->hash) continue;
-      fail(ErrorKind::io,
-           fmt::format("{}: what was read back is not what was written (bytes {} to {}); check the disk", file.string(),
-                       next->position, next->position + next->size));
+      if (is_within && (is_whole ? hash : hash_bytes(block.substr(next->position - at, next->size))) == next->hash)
+        continue;
+      fail(ErrorKind::io, fmt::format("{}: what was read back is not what was written (bytes {} to {}); check the disk",
+                                      file.string(), next->position, next->position + next->size));
     }
   };
   BlockTable table = hash_file(file, compare);

@@ -19,8 +19,9 @@ std::vector<std::int64_t> in_bytes(Communicator::Counts counts, const at::Tensor
 }
 
 std::string describe(const Fingerprint& print) {
-  static constexpr const char* kNames[] = {"all_reduce", "all_gather",  "reduce_scatter", "all_to_all",         "broadcast", "barrier",
-                                           "split",      "make_buffer", "make_shared",    "make_progress_board"};
+  static constexpr const char* kNames[] = {
+      "all_reduce", "all_gather", "reduce_scatter", "all_to_all",  "broadcast",
+      "barrier",    "split",      "make_buffer",    "make_shared", "make_progress_board"};
   std::string text = fmt::format("#{} {}", print.sequence, kNames[print.operation]);
   if (print.dtype >= 0) text += fmt::format(" {}", c10::toString(static_cast<at::ScalarType>(print.dtype)));
   if (print.numel >= 0) text += fmt::format(" [{}]", print.numel);

@@ -39,15 +39,17 @@ class Work {
   std::function<void()> wait_;
 };
 
-// How far each rank of a group has come, for the others to wait for: beside the group's collectives, not behind those under
-// way. Belongs to one thread at a time, which need not be the Communicator's, and may outlive the group.
+// How far each rank of a group has come, for the others to wait for: beside the group's collectives, not behind those
+// under way. Belongs to one thread at a time, which need not be the Communicator's, and may outlive the group. Nothing
+// compares what ranks do here: one that does not come is noticed by the timeout, or when it ends.
 class ProgressBoard {
  public:
   virtual ~ProgressBoard() = default;
-  // Local. This rank has come to `step`: more than before, all begin at 0. What it has written into memory of
-  // make_shared() is seen by whoever has waited for the step.
+  // Local. This rank has come to `step`: more than before (all begin at 0), less than 2^31 beyond what others wait for.
+  // What it has written into memory of make_shared() is seen by whoever has waited for the step.
   virtual void publish(std::int64_t step) = 0;
-  // Blocks until every rank has come to `step` or beyond. Error{comm} like a collective's.
+  // Blocks until every rank has come to `step`, which this one has published, or beyond. Error{comm} like a
+  // collective's.
   virtual void wait_for_all(std::int64_t step) = 0;
 };
 
@@ -58,8 +60,8 @@ class Communicator {
   virtual ~Communicator() = default;
   virtual int rank() const = 0;
   virtual int size() const = 0;
-  // True: operations are work of these ranks' own cores (one node), so that having more of them under way hides nothing.
-  // False: a network does most of it meanwhile. The same on all ranks.
+  // True: operations are work of these ranks' own cores (all are on one node), so that having more of them under way
+  // hides nothing. False: a network does most of it meanwhile. The same on all ranks.
   virtual bool runs_on_own_cores() const = 0;
 
   // tensor := reduction over ranks, in place, same bits on all ranks.
@@ -78,8 +80,8 @@ class Communicator {
   virtual at::Tensor make_buffer(std::int64_t numel, at::ScalarType dtype);
   // Collective, blocks: one uninitialised tensor that all ranks of this group have in common, where the backend knows
   // such memory (ranks of one node); elsewhere undefined, on every rank. What a rank writes into it the others see once
-  // a collective of this group that the writer called afterwards has completed on them (or by a ProgressBoard); who overwrites what others read
-  // must know that they are done. It may outlive the group.
+  // a collective of this group that the writer called afterwards has completed on them, or by a ProgressBoard; who
+  // overwrites what others read must know that they are done. It may outlive the group.
   virtual at::Tensor make_shared(std::int64_t numel, at::ScalarType dtype);
   // Collective, blocks. Null, on every rank, where make_shared() gives nothing.
   virtual std::unique_ptr<ProgressBoard> make_progress_board();

@@ -20,7 +20,9 @@ Reduction second_level(const Reduction& reduction) { return {partial(reduction).
 
 HierarchicalTransport::HierarchicalTransport(std::unique_ptr<Transport> messages, const LayerOptions& options,
                                              std::unique_ptr<Transport> within, std::unique_ptr<Transport> across)
-    : LayeredTransport(std::move(messages), options), within_(std::move(within)), across_(std::move(across)) {}
+    : LayeredTransport(std::move(messages), options, /*is_one_node=*/false),
+      within_(std::move(within)),
+      across_(std::move(across)) {}
 
 Transport::Counts HierarchicalTransport::of_node(Counts counts, int node) const {
   const auto node_size = static_cast<std::size_t>(within_->size());

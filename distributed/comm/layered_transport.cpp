@@ -61,7 +61,8 @@ NodeResult set_up_node(Transport& messages, const LayerOptions& options) {
   WaitPolicy wait;
   wait.num_spins = has_core_for_each(messages) ? kNumSpins : 0;
   wait.timeout = options.timeout;
-  return {ShmTransport::Setup{std::move(made.segment), slot_bytes,
+  return {ShmTransport::Setup{std::move(made.segment),
+                              slot_bytes,
                               {wait, messages.rank(), gather(messages, static_cast<std::int64_t>(::getpid()))}},
           {}};
 }
@@ -76,7 +77,7 @@ std::unique_ptr<Transport> make_hierarchical(std::unique_ptr<Transport> messages
   const std::vector<char> is_ready = gather(*messages, static_cast<char>(result.setup.has_value()));
   if (!std::all_of(is_ready.begin(), is_ready.end(), [](char ready) { return ready != 0; })) {
     const bool is_refused_here = !result.setup;
-    auto plain = std::make_unique<LayeredTransport>(std::move(messages), options);
+    auto plain = std::make_unique<LayeredTransport>(std::move(messages), options, /*is_one_node=*/false);
     plain->report_refusal(is_refused_here ? result.refusal : "shared memory is refused on another node",
                           is_refused_here && place == 0);
     return plain;
@@ -106,24 +107,27 @@ std::optional<int> ranks_per_node(std::span<const std::int64_t> node_of_rank) {
 }
 
 std::unique_ptr<Transport> make_layered_transport(std::unique_ptr<Transport> messages, const LayerOptions& options) {
+  const std::vector<std::int64_t> nodes = gather(*messages, options.node);
+  const bool is_one_node = std::all_of(nodes.begin(), nodes.end(), [&](auto node) { return node == nodes.front(); });
+  std::string refusal;
   if (messages->size() > 1 && options.use != SharedMemoryUse::never) {
-    const std::vector<std::int64_t> nodes = gather(*messages, options.node);
-    if (std::all_of(nodes.begin(), nodes.end(), [&](std::int64_t node) { return node == nodes.front(); })) {
+    if (is_one_node) {
       NodeResult result = set_up_node(*messages, options);
       if (result.setup) return std::make_unique<ShmTransport>(std::move(messages), options, std::move(*result.setup));
-      auto plain = std::make_unique<LayeredTransport>(std::move(messages), options);
-      plain->report_refusal(result.refusal, plain->rank() == 0);
-      return plain;
-    }
-    if (const auto node_size = ranks_per_node(nodes))
+      refusal = std::move(result.refusal);
+    } else if (const auto node_size = ranks_per_node(nodes)) {
       return make_hierarchical(std::move(messages), options, *node_size);
+    }
   }
-  return std::make_unique<LayeredTransport>(std::move(messages), options);
+  auto plain = std::make_unique<LayeredTransport>(std::move(messages), options, is_one_node);
+  if (!refusal.empty()) plain->report_refusal(refusal, plain->rank() == 0);
+  return plain;
 }
 
-LayeredTransport::LayeredTransport(std::unique_ptr<Transport> messages, LayerOptions options)
+LayeredTransport::LayeredTransport(std::unique_ptr<Transport> messages, LayerOptions options, bool is_one_node)
     : messages_(std::move(messages)),
       options_(std::move(options)),
+      is_one_node_(is_one_node),
       rank_(messages_->rank()),
       size_(messages_->size()) {}
 

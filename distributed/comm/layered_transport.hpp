@@ -32,10 +32,11 @@ struct LayerOptions {
 // Forwards to `messages`; parts made by split() choose anew. The base of what does better.
 class LayeredTransport : public Transport {
  public:
-  LayeredTransport(std::unique_ptr<Transport> messages, LayerOptions options);
+  LayeredTransport(std::unique_ptr<Transport> messages, LayerOptions options, bool is_one_node);
 
   int rank() const final { return rank_; }
   int size() const final { return size_; }
+  bool runs_on_own_cores() const final { return is_one_node_; }
   void exchange(const std::byte* send, Counts send_bytes, std::byte* receive, Counts receive_bytes) override;
   void all_gather(const std::byte* send, std::byte* receive, Counts bytes) override;
   void broadcast(std::byte* data, std::int64_t bytes, int root) override;
@@ -51,6 +52,7 @@ class LayeredTransport : public Transport {
  private:
   std::unique_ptr<Transport> messages_;
   LayerOptions options_;
+  bool is_one_node_;
   int rank_;
   int size_;
 };

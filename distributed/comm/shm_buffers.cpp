@@ -20,7 +20,7 @@ class ShmProgressBoard final : public ProgressBoard {
   void publish(std::int64_t step) override { counter(peers_.rank).publish(static_cast<std::uint32_t>(step)); }
   void wait_for_all(std::int64_t step) override {
     for (int rank = 0; rank < static_cast<int>(peers_.process_of_rank.size()); ++rank) {
-      if (rank != peers_.rank) peers_.wait(counter(rank), static_cast<std::uint32_t>(step), rank, "progress board");
+      if (rank != peers_.rank) peers_.wait(counter(rank), static_cast<std::uint32_t>(step), rank, "memory in common");
     }
   }
 

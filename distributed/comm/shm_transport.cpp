@@ -39,7 +39,7 @@ std::int64_t ShmTransport::part_bytes(int size, std::int64_t slot_bytes) {
 }
 
 ShmTransport::ShmTransport(std::unique_ptr<Transport> messages, const LayerOptions& options, Setup setup)
-    : LayeredTransport(std::move(messages), options),
+    : LayeredTransport(std::move(messages), options, /*is_one_node=*/true),
       segment_(std::move(setup.segment)),
       slot_bytes_(setup.slot_bytes),
       peers_(std::move(setup.peers)),
@@ -348,8 +348,8 @@ void PeerWait::wait(SharedCounter& counter, std::uint32_t value, int other, cons
   fail(ErrorKind::comm,
        fmt::format("{}: rank {} of {} has waited {:g} s for rank {} (process {}), which does not come: it hangs, takes "
                    "longer than that, or calls something else; SHARDTUNE_COMM_TIMEOUT sets the seconds",
-                   operation, rank, process_of_rank.size(), std::chrono::duration<double>(policy.timeout).count(), other,
-                   process_of_rank[index(other)]));
+                   operation, rank, process_of_rank.size(), std::chrono::duration<double>(policy.timeout).count(),
+                   other, process_of_rank[index(other)]));
 }
 
 void ShmTransport::fail_different() const {

@@ -44,7 +44,6 @@ class ShmTransport final : public LayeredTransport {
   void broadcast(std::byte* data, std::int64_t bytes, int root) override;
   void barrier() override;
   std::string describe() const override { return "shared memory"; }
-  bool runs_on_own_cores() const override { return true; }
   void all_reduce(std::byte* data, std::int64_t numel, const Reduction& reduction) override;
   void reduce_scatter(const std::byte* in, Counts numels, std::byte* out, const Reduction& reduction) override;
   std::shared_ptr<std::byte> make_buffer(std::int64_t bytes) override;

@@ -76,13 +76,14 @@ struct Group {
     std::optional<int> missing;
     job->changed.wait(lock, [&] {
       for (std::size_t place = 0; place < members.size(); ++place) {
-        if (job->has_left[static_cast<std::size_t>(members[place])] && is_awaited(place)) missing = members[place];
+        const bool has_left = job->has_left[static_cast<std::size_t>(members[place])];
+        if (has_left && is_awaited(place) && !missing) missing = members[place];
       }
       return is_done() || !job->failure.empty() || missing;
     });
     if (is_done()) return;
     if (!job->failure.empty()) fail(ErrorKind::comm, job->failure);
-    fail(ErrorKind::comm, fmt::format("thread rank {} has ended while others wait for it in a collective", *missing));
+    fail(ErrorKind::comm, fmt::format("thread rank {} has ended while others wait for it", *missing));
   }
 
   const std::shared_ptr<Job> job;

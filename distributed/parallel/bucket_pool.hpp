@@ -95,8 +95,8 @@ class BucketStream {
 };
 
 // into = sum over `ranks` of what each has in `from`, which travels in `dtype`; not started yet. `from` has as many
-// elements, or none: zeros. It may be `into` itself, and is let go when the last of it is in a bucket. `pool`: of `ranks`;
-// both outlive the stream.
+// elements, or none: zeros. It may be `into` itself, and is let go when the last of it is in a bucket. `pool`: of
+// `ranks`; both outlive the stream.
 std::unique_ptr<BucketStream> all_reduce_stream(Communicator& ranks, BucketPool& pool, Pieces from, Pieces into,
                                                 at::ScalarType dtype);
 

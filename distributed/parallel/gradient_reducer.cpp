@@ -8,12 +8,21 @@
 
 namespace shardtune {
 
+namespace {
+
+// How many units later a sum is waited for. Two where a network works meanwhile, because units differ in what they
+// compute and send; a node's own cores would only keep more memory in use (measured: docs/performance.md).
+std::size_t lag(const Communicator& ranks) { return ranks.runs_on_own_cores() ? 1 : 2; }
+
+}  // namespace
+
 GradientReducer::GradientReducer(const ShardContext& context, GradientProbe probe)
     : context_(context), probe_(std::move(probe)) {}
 
 void GradientReducer::begin_step(const RoundSchedule& schedule) {
+  // Of a step that was given up: in the order in which all ranks have begun them, so that they agree about buckets.
+  while (!added_.empty()) merge(*added_.front());
   schedule_ = schedule;
-  added_.clear();
   finishing_.clear();
   forget_sums();
   count_partials();
@@ -44,9 +53,13 @@ void GradientReducer::merge(ShardUnit& unit) {
 }
 
 void GradientReducer::merge_earlier_adds(ShardUnit& unit) {
-  while (added_.size() >= lag()) merge(*added_.front());
+  while (added_.size() >= lag(context_.grid.shards())) merge(*added_.front());
   if (!added_.empty() && added_.front() == &unit) merge(unit);
   added_.push_back(&unit);
+}
+
+const Communicator& GradientReducer::last_group() const {
+  return context_.grid.num_replicas() > 1 ? context_.grid.replicas() : context_.grid.shards();
 }
 
 bool GradientReducer::is_last_wait(const Finishing& finishing) const {
@@ -82,7 +95,7 @@ bool GradientReducer::advance(Finishing& finishing) {
 // What was begun earlier comes first: its buckets are free for what is begun now.
 void GradientReducer::finish(ShardUnit& unit) {
   for (Finishing& earlier : std::exchange(finishing_, {})) {
-    const std::size_t wanted_calls = is_last_wait(earlier) ? lag() : 1;
+    const std::size_t wanted_calls = is_last_wait(earlier) ? lag(last_group()) : 1;
     if (++earlier.num_calls < wanted_calls || advance(earlier)) finishing_.push_back(earlier);
   }
   Finishing own{.unit = &unit};

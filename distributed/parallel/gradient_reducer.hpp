@@ -34,7 +34,7 @@ class GradientReducer {
   virtual void add(ShardUnit& unit, std::int64_t round) = 0;
   // Collective, once per unit after its last add(). Moves units before it one stage on and starts this one's way to
   // ShardedParameter::gradient. Communication that more depends on had the time since the last call to run, a unit's
-  // last the time of lag() calls.
+  // last over a network the time of one call more (see lag()).
   void finish(ShardUnit& unit);
   void finish_all();  // collective; completes every unit given to finish()
 
@@ -60,8 +60,8 @@ class GradientReducer {
   ReductionAxis over_shards(const ShardUnit& unit) const;
   ReductionAxis over_replicas(const ShardUnit& unit) const;
   const RoundSchedule& schedule() const;
-  // To be called by an add() that is about to issue an exchange: waits for those of lag() calls before and earlier, and
-  // for the unit's own.
+  // To be called by an add() that is about to issue an exchange: waits for those of earlier calls (see lag()), and for
+  // the unit's own.
   void merge_earlier_adds(ShardUnit& unit);
 
   ShardContext context_;
@@ -75,9 +75,8 @@ class GradientReducer {
   // Runs the unit's stages until something is under way (true) or the unit has its gradient (false).
   bool advance(Finishing& finishing);
   bool is_last_wait(const Finishing& finishing) const;  // all of its communication has been issued
-  // How many units later a sum is waited for. Two where a network works meanwhile, because units differ in what they
-  // compute and send; a node's own cores would only keep more memory in use (steps of zero3 took 6 % longer).
-  std::size_t lag() const { return context_.grid.world().runs_on_own_cores() ? 1 : 2; }
+  // The group of a unit's last communication.
+  const Communicator& last_group() const;
   void merge(ShardUnit& unit);
 
   GradientProbe probe_;

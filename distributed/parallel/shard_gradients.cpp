@@ -138,8 +138,8 @@ void ShardUnit::begin_all_reduce(Pieces sum, at::ScalarType dtype) {
   } else {
     for (const Pieces& part : gradients_of_replicas()) results.insert(results.end(), part.begin(), part.end());
   }
-  gradient_stream_ = all_reduce_stream(context_.grid.replicas(), context_.buffers.replicas, std::move(sum),
-                                       std::move(results), dtype);
+  gradient_stream_ =
+      all_reduce_stream(context_.grid.replicas(), context_.buffers.replicas, std::move(sum), std::move(results), dtype);
   gradient_stream_->start_all();
 }
 

@@ -8,8 +8,8 @@
 // three copies for two in use (the running unit's and the next one's) this costs no waiting.
 //
 // Note [Why copies have a progress board]
-// "Written" must not queue behind gradients on their way to other machines (or delayed by them): the next unit would wait
-// for both.
+// "Written" must not queue behind gradients on their way to other machines (or delayed by them): the next unit would
+// wait for both.
 #include <cstddef>
 #include <cstdint>
 #include <memory>

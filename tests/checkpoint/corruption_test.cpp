@@ -1,12 +1,15 @@
 // Whatever happens to the bytes of a committed checkpoint is found: by verify_checkpoint always, by load whenever the
 // bytes are read.
+#include <atomic>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <random>
+#include <set>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include <fcntl.h>
@@ -277,35 +280,63 @@ TEST(Manifest, ARefusalNamesTheValue) {
   }
 }
 
-// Between memory and the disk: before the file is synced a bit of it changes, once for the first, the middle and the last byte
-// of every tensor; blocks of the block table are covered by one tensor, by many, and partly by HDF5's own bytes.
-TEST(ReadBack, FindsWhatChangedOnItsWayToTheDisk) {
+// Removes itself, also when a test ends early.
+struct ScopedHook {
+  explicit ScopedHook(SavePhaseHook hook) { set_save_phase_hook(std::move(hook)); }
+  ScopedHook(const ScopedHook&) = delete;
+  ScopedHook& operator=(const ScopedHook&) = delete;
+  ~ScopedHook() { set_save_phase_hook(nullptr); }
+};
+
+std::string save_into_one_file(const std::filesystem::path& dir, int num_ranks,
+                               const std::vector<TestTensor>& tensors) {
+  try {
+    run_thread_ranks(num_ranks, [&](Communicator& comm) {
+      CheckpointStore store(dir, comm, std::size_t{1} << 30, num_ranks);
+      store.save(1, expected_state(tensors, 1, comm.rank(), comm.size()));
+    });
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "";
+}
+
+// Between memory and the disk: before the file is synced a bit of it changes, once for the first, the middle and the
+// last byte of every slice; blocks of the block table are covered by one slice, by many, by those of two ranks, and
+// partly by HDF5's own bytes.
+class ReadBack : public testing::TestWithParam<int> {};
+
+TEST_P(ReadBack, FindsWhatChangedOnItsWayToTheDisk) {
   const std::vector<TestTensor> tensors = test_tensors(2000);  // 6 MB for the largest
   TempDir dir;
-  save_test_state(dir.path(), 1, 1, tensors);
+  ASSERT_EQ(save_into_one_file(dir.path(), GetParam(), tensors), "");
   const std::string good = read_file(dir / "checkpoint-1/shard-00000-of-00001.h5");
-  const StateView state = expected_state(tensors, 1, 0, 1);
-  for (const StateSlice& slice : state.slices) {
-    const std::string_view bytes(static_cast<const char*>(slice.data.const_data_ptr()), slice.data.nbytes());
-    if (bytes.empty()) continue;
-    const std::size_t begin = good.find(bytes);
-    ASSERT_NE(begin, std::string::npos) << slice.name;
-    for (const std::size_t position : {begin, begin + bytes.size() / 2, begin + bytes.size() - 1}) {
-      set_save_phase_hook([&](const char* phase, std::int64_t) {
-        if (std::string_view(phase) != "shard_closed") return;
-        const UniqueFd fd(::open((dir / "checkpoint-1.partial/shard-00000-of-00001.h5.tmp").c_str(), O_RDWR));
-        const char changed = static_cast<char>(good[position] ^ 4);
-        ASSERT_EQ(::pwrite(fd.get(), &changed, 1, static_cast<off_t>(position)), 1) << std::strerror(errno);
-      });
-      std::filesystem::remove_all(dir / "checkpoint-1");
-      const std::string said =
-          testing_support::error_of(ErrorKind::io, [&] { save_test_state(dir.path(), 1, 1, tensors); });
-      EXPECT_NE(said.find("what was read back is not what was written"), std::string::npos) << said;
-      EXPECT_FALSE(std::filesystem::exists(dir / "checkpoint-1"));
+  std::set<std::size_t> positions;
+  for (int rank = 0; rank < GetParam(); ++rank) {
+    for (const StateSlice& slice : expected_state(tensors, 1, rank, GetParam()).slices) {
+      const std::string_view bytes(static_cast<const char*>(slice.data.const_data_ptr()), slice.data.nbytes());
+      if (bytes.empty()) continue;
+      const std::size_t begin = good.find(bytes);
+      ASSERT_NE(begin, std::string::npos) << slice.name;
+      positions.insert({begin, begin + bytes.size() / 2, begin + bytes.size() - 1});
     }
   }
-  set_save_phase_hook(nullptr);
+  std::filesystem::remove_all(dir / "checkpoint-1");
+  for (const std::size_t position : positions) {
+    std::atomic<int> num_closed = 0;
+    const ScopedHook hook([&](const char* phase, std::int64_t) {
+      if (std::string_view(phase) != "shard_closed" || ++num_closed < GetParam()) return;
+      const UniqueFd fd(::open((dir / "checkpoint-1.partial/shard-00000-of-00001.h5.tmp").c_str(), O_RDWR));
+      const char changed = static_cast<char>(good[position] ^ 4);
+      EXPECT_EQ(::pwrite(fd.get(), &changed, 1, static_cast<off_t>(position)), 1) << std::strerror(errno);
+    });
+    const std::string said = save_into_one_file(dir.path(), GetParam(), tensors);
+    EXPECT_NE(said.find("what was read back is not what was written"), std::string::npos) << position << ": " << said;
+    ASSERT_FALSE(std::filesystem::exists(dir / "checkpoint-1"));
+  }
 }
+
+INSTANTIATE_TEST_SUITE_P(Ranks, ReadBack, testing::Values(1, 2));
 
 }  // namespace
 }  // namespace shardtune

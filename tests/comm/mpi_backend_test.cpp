@@ -34,6 +34,21 @@ TEST(MpiEnvironment, MakesWaitsInMpiYieldUnlessToldOtherwise) {
   EXPECT_STREQ(std::getenv("OMPI_MCA_mpi_yield_when_idle"), expected != nullptr ? expected : "1");
 }
 
+TEST(MpiCommunicator, WaitsAtAProgressBoardBesideWhatIsUnderWay) {
+  Communicator& world = mpi_world();
+  const auto board = world.make_progress_board();
+  if (!board) return;  // no memory in common
+  const at::Tensor tensor = at::ones({70001}, at::kFloat);
+  Work under_way;
+  // Rank 0 comes to the sum only after all have waited for it at the board.
+  if (world.rank() > 0) under_way = world.all_reduce(tensor, ReduceOp::sum);
+  board->publish(1);
+  board->wait_for_all(1);
+  if (world.rank() == 0) under_way = world.all_reduce(tensor, ReduceOp::sum);
+  under_way.wait();
+  EXPECT_EQ(tensor[70000].item<float>(), static_cast<float>(world.size()));
+}
+
 TEST(MpiCommunicator, PassesTheConformanceSuiteOnTensorsInBuffers) {
   const auto buffered = conformance::make_buffered_communicator(mpi_world(), /*uses_buffers=*/true);
   conformance::run_all(*buffered);

@@ -89,6 +89,23 @@ TEST(Order, ASumIsWaitedForOneUnitLaterOnOneNodeAndTwoUnitsLaterOverANetwork) {
   }
 }
 
+TEST(Order, UnderHsdpOnlyTheSumOverReplicasTravelsFar) {
+  // Two replicas of one shard each: the sum over them is a unit's last communication, after nothing else.
+  for (const bool is_network : {false, true}) {
+    Events events = events_of_a_step({.plan = "hsdp", .checkpointing = true, .num_micro_batches = 4},
+                                     {.has_shared_memory = true, .sees_waits = true, .is_network = is_network});
+    std::erase(events, "publish");
+    const auto last_round = std::find(events.rbegin(), events.rend(), "block.2");
+    events.erase(events.begin(), last_round.base());
+    Events wanted = {"all_reduce", "block.1",    "done", "all_reduce", "block.0",
+                     "done",       "all_reduce", "done", "all_reduce", "done"};
+    if (is_network)
+      wanted = {"all_reduce", "block.1", "all_reduce", "block.0", "done",
+                "all_reduce", "done",    "all_reduce", "done",    "done"};
+    EXPECT_EQ(events, wanted) << is_network;
+  }
+}
+
 TEST(Order, UnderDdpNothingIsSentBeforeTheLastRoundAndThenUnitByUnit) {
   // The gradients of block 2 leave while block 1 is recomputed.
   const Events events = events_of_a_step({.plan = "ddp", .checkpointing = true, .num_micro_batches = 4});

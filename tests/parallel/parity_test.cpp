@@ -28,6 +28,7 @@ TEST_P(Parity, FinalWeightsHaveTheBitsOfOneRank) {
         run.plan = plan;
         run.recompute = recompute;
         run.num_ranks = ranks;
+        run.is_network = num_checked % 2 == 1;
         double norm = 0.0;
         EXPECT_EQ(difference(train(run, &norm), wanted), "") << run.describe();
         EXPECT_EQ(norm, wanted_norm) << run.describe();
@@ -134,6 +135,7 @@ TEST(Parity, HoldsWithoutSharedMemoryAndInSmallBuckets) {
           run_thread_ranks(run.num_ranks, [&](Communicator& world) {
             CommunicatorHooks hooks;
             hooks.has_shared_memory = has_shared_memory;
+            hooks.is_network = bucket_bytes == 4096;
             WrappingCommunicator used(world, hooks);
             train_on_rank(run, used, [&](const ShardedParameter& p, const at::Tensor& got) {
               const at::Tensor whole = wanted.at(p.parameter->name).reshape({-1});

@@ -12,6 +12,7 @@
 #include "distributed/comm/thread_group.hpp"
 #include "distributed/parallel/gradient_norm.hpp"
 #include "kernels/adamw.hpp"
+#include "tests/parallel/wrapping_communicator.hpp"
 
 namespace shardtune::toy {
 namespace {
@@ -63,8 +64,9 @@ ParallelOptions with_probe(ParallelOptions options, const ToyRun& run, int rank)
 
 std::string ToyRun::describe() const {
   const char* modes[] = {"kept", "recomputed", "selective"};
-  return fmt::format("{} {} ranks {} V {} {} every {} frozen {}", plan, at::toString(dtype), num_ranks,
-                     num_micro_batches, modes[checkpointing ? 1 : static_cast<int>(recompute.mode)], recompute.every,
+  return fmt::format("{} {} ranks {}{} V {} {} every {} frozen {}", plan, at::toString(dtype), num_ranks,
+                     is_network ? " far away" : "", num_micro_batches,
+                     modes[checkpointing ? 1 : static_cast<int>(recompute.mode)], recompute.every,
                      static_cast<int>(frozen));
 }
 
@@ -138,7 +140,8 @@ Tensors gradients(const ToyRun& run) {
   Assembly assembly;
   std::mutex mutex;
   std::map<int, Tensors> whole_of_rank;
-  run_thread_ranks(run.num_ranks, [&](Communicator& world) {
+  run_thread_ranks(run.num_ranks, [&](Communicator& threads) {
+    WrappingCommunicator world(threads, {.is_network = run.is_network});
     Tensors whole;
     gradients_on_rank(run, world, [&](const ShardedParameter& p, const at::Tensor& gradient) {
       assembly.put(p, p.slice_of(gradient));
@@ -158,7 +161,8 @@ Tensors gradients(const ToyRun& run) {
 Tensors train(const ToyRun& run, double* norm) {
   Assembly assembly;
   std::mutex mutex;
-  run_thread_ranks(run.num_ranks, [&](Communicator& world) {
+  run_thread_ranks(run.num_ranks, [&](Communicator& threads) {
+    WrappingCommunicator world(threads, {.is_network = run.is_network});
     const double last_norm = train_on_rank(
         run, world, [&](const ShardedParameter& p, const at::Tensor& master) { assembly.put(p, p.slice_of(master)); });
     const std::lock_guard lock(mutex);

@@ -28,6 +28,7 @@ struct ToyRun {
   std::string share_frozen_on_host = {};
   std::int64_t bucket_bytes = kDefaultBucketBytes;
   at::ScalarType state_dtype = at::kFloat;  // of AdamW's moments
+  bool is_network = false;                  // the ranks take each other for far away: see runs_on_own_cores()
   double loss_scale = 1.0;                  // a power of two; taken out again before the optimizer
   // Made on every rank; may return an empty probe.
   std::function<GradientProbe(int rank)> make_probe = {};

@@ -1,6 +1,6 @@
 #pragma once
-// A Communicator that lets a test see every operation before it is issued, and its result when it is there. ProgressBoards
-// call the first hook with "publish" and no tensor.
+// A Communicator that lets a test see every operation before it is issued, and its result when it is there.
+// ProgressBoards call the first hook with "publish" and no tensor.
 #include <functional>
 #include <memory>
 #include <string>

@@ -37,13 +37,9 @@ std::string body_of(std::size_t lines) {
   return text + "}\n";
 }
 
-TEST(Structure, IncludesGoDownOnly) {
-  expect_none(cpp_files(false), layering_violations);
-}
+TEST(Structure, IncludesGoDownOnly) { expect_none(cpp_files(false), layering_violations); }
 
-TEST(Structure, ThirdPartyHeadersStayWhereTheyBelong) {
-  expect_none(cpp_files(true), third_party_violations);
-}
+TEST(Structure, ThirdPartyHeadersStayWhereTheyBelong) { expect_none(cpp_files(true), third_party_violations); }
 
 TEST(Structure, FilesAndFunctionsKeepTheirSizeLimits) {
   std::vector<std::string> found;
@@ -67,13 +63,9 @@ TEST(Structure, EveryHeaderIsIncludedOnce) {
   }
 }
 
-TEST(Structure, NothingIsLeftOver) {
-  expect_none(text_files(), leftover_violations);
-}
+TEST(Structure, NothingIsLeftOver) { expect_none(text_files(), leftover_violations); }
 
-TEST(Structure, OutputDirectoriesAreMadeDurably) {
-  expect_none(cpp_files(false), durability_violations);
-}
+TEST(Structure, OutputDirectoriesAreMadeDurably) { expect_none(cpp_files(false), durability_violations); }
 
 TEST(StructureRules, CatchADirectoryThatIsNotMadeDurably) {
   const std::string line = "fs::create_directories(output_dir);";
