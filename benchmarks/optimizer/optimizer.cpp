@@ -88,9 +88,8 @@ int main(int argc, char** argv) {
   };
   double bandwidth = 0.0;
   for (int i = 0; i < kNumPlain; ++i) bandwidth = std::max(bandwidth, rate(loops[static_cast<std::size_t>(i)]));
-  const char* names[] = {"portable", "avx2", "avx512"};
   std::printf("%lld million parameters, %d threads, %s\n", static_cast<long long>(numel / 1'000'000),
-              at::get_num_threads(), names[static_cast<int>(shardtune::instruction_set())]);
+              at::get_num_threads(), shardtune::name_of(shardtune::instruction_set()));
   std::printf("%-20s %8s %8s %14s\n", "loop", "ms", "GB/s", "of bandwidth %");
   for (const Loop& loop : loops)
     std::printf("%-20s %8.2f %8.2f %14.1f\n", loop.name.c_str(), 1e3 * loop.best_seconds, 1e-9 * rate(loop),
