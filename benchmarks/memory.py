@@ -1,5 +1,5 @@
 """Memory of sharded training beside the formula, and memory and speed beside torch's FSDP2 over gloo.
-Run with: scripts/parity --python benchmarks/memory.py [124M] [0.5B] [2] [4] [off] [on] [--without-fsdp]
+Run with: scripts/parity --python benchmarks/memory.py [124M] [0.5B] [2] [4] [off] [on] [--without-fsdp] [--json FILE]
 
 Llama-shaped models with random weights, zero3 on 2 and 4 ranks, bf16; 124M with 1024 tokens a rank, gradient checkpointing off
 and on, 0.5B with 512 tokens and checkpointing on. Measured: each rank's peak resident set as the kernel reports it (VmHWM), less
@@ -11,6 +11,7 @@ FSDP2 (fully_shard of every layer and the root, bf16 weights and fp32 reduction,
 shape on as many tokens; its peak is measured in the same way. Seconds are those of the last step.
 Needs about 20 GiB of free memory for 0.5B.
 """
+import argparse
 import json
 import lzma
 import pathlib
@@ -21,6 +22,7 @@ import tempfile
 import time
 
 import common
+import results
 
 MIB = 1 << 20
 STEPS, BAR = 2, 0.08
@@ -154,13 +156,15 @@ def train_with_fsdp(config_file, rows, tokens, is_checkpointed):
     dist.destroy_process_group()
 
 
-def compare(folder, name, ranks, is_checkpointed, idle):
+def compare(folder, case, idle, figures):
+    name, ranks, is_checkpointed = case
     shape, rows, tokens, _ = CASES[name]
     sizes = unit_sizes(shape)
     peaks, reports, seconds = ours(folder, shape, rows, tokens, ranks, is_checkpointed)
     state = 16 * sum(sizes) / ranks / MIB
     units = 2 * sum(sorted(sizes)[-2:]) / ranks / MIB
-    print(f"{name}, {ranks} ranks, checkpointing {'on' if is_checkpointed else 'off'}: state {state:.0f} MiB + two units {units:.0f} + "
+    title = f"{name}, {ranks} ranks, checkpointing {'on' if is_checkpointed else 'off'}"
+    print(f"{title}: state {state:.0f} MiB + two units {units:.0f} + "
           f"partial sums + activations; {seconds:.2f} s a step")
     deviations = []
     for rank, (peak, report) in enumerate(zip(peaks, reports)):
@@ -170,34 +174,45 @@ def compare(folder, name, ranks, is_checkpointed, idle):
         print(f"     rank {rank}: expected {expected:.0f} (partial sums {sums:.0f}, activations {activations:.0f}), measured "
               f"{peak - idle[0]:.0f} MiB ({100 * deviations[-1]:+.1f} %)")
     print(f"     {reports[0]}", flush=True)
-    common.report("largest deviation of a rank's peak", max(map(abs, deviations)), BAR)
+    figures.add(f"{title}, largest deviation of a rank's peak from the formula", "", [[max(map(abs, deviations))]], aim=BAR,
+                more_is_better=False)
     if len(idle) == 1:
         return
     theirs, their_seconds = fsdp(folder, shape, rows, tokens, ranks, is_checkpointed)
-    print(f"     FSDP2: measured {', '.join(f'{peak - idle[1]:.0f}' for peak in theirs)} MiB, {their_seconds:.2f} s a step; ours takes "
-          f"{(max(peaks) - idle[0]) / (max(theirs) - idle[1]):.2f} of its memory and is {their_seconds / seconds:.1f} times as fast",
-          flush=True)
+    print(f"     FSDP2: measured {', '.join(f'{peak - idle[1]:.0f}' for peak in theirs)} MiB, {their_seconds:.2f} s a step")
+    figures.add(f"{title}, peak of a rank", "MiB", [[max(peaks) - idle[0]]], peer=[[max(theirs) - idle[1]]], beside="FSDP2",
+                more_is_better=False)
+    figures.add(f"{title}, step", "s", [[seconds]], peer=[[their_seconds]], beside="FSDP2", is_times_as_fast=True)
 
 
 def main():
     if sys.argv[1:2] == ["--fsdp"]:
         train_with_fsdp(sys.argv[2], *map(int, sys.argv[3:]))
         return
-    names = [name for name in CASES if name in sys.argv[1:]] or list(CASES)
-    counts = [ranks for ranks in (2, 4) if str(ranks) in sys.argv[1:]] or [2, 4]
-    modes = [mode == "on" for mode in ("off", "on") if mode in sys.argv[1:]] or [False, True]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("only", nargs="*", help="124M, 0.5B; numbers of ranks, 2, 4; checkpointing, off, on")
+    parser.add_argument("--without-fsdp", action="store_true")
+    results.add_json_option(parser)
+    options = parser.parse_args()
+    for word in options.only:
+        if word not in (*CASES, "2", "4", "off", "on"):
+            parser.error(f"'{word}' is no model, number of ranks or way of checkpointing that is measured here")
+    names = [name for name in CASES if name in options.only] or list(CASES)
+    counts = [ranks for ranks in (2, 4) if str(ranks) in options.only] or [2, 4]
+    modes = [mode == "on" for mode in ("off", "on") if mode in options.only] or [False, True]
+    figures = results.Figures("memory", options.json)
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         write_inputs(folder)
         for ranks in counts:
             idle = [min(ours(folder, NOTHING, 1, 512, ranks, False)[0])]
-            if "--without-fsdp" not in sys.argv:
+            if not options.without_fsdp:
                 idle.append(min(fsdp(folder, NOTHING, 1, 8, ranks, False)[0]))
             print(f"{ranks} ranks: idle {' and of FSDP2 '.join(f'{peak:.0f}' for peak in idle)} MiB", flush=True)
             for name in names:
                 for is_checkpointed in sorted(set(CASES[name][-1]) & set(modes)):
-                    compare(folder, name, ranks, is_checkpointed, idle)
-    common.finish()
+                    compare(folder, (name, ranks, is_checkpointed), idle, figures)
+    figures.finish()
 
 
 if __name__ == "__main__":

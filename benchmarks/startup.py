@@ -1,11 +1,12 @@
 """Time from starting to the end of the first optimizer step, beside the Hugging Face Trainer.
-Run with: scripts/parity --python benchmarks/startup.py [REPEATS]
+Run with: scripts/parity --python benchmarks/startup.py [REPEATS] [--json FILE]
 
 MiniLM with a new head, SST-2, 32 sentences a step, fp32, one and two processes; repeats are interleaved and the ratio is that of
 medians. Both sides print a line at the end of the step, and this script takes the time when it reads the line.
 The Trainer's side gets the fastest set-up there is: the model from local files, sentences tokenized on demand, no CUDA
 libraries to load.
 """
+import argparse
 import os
 import pathlib
 import statistics
@@ -15,6 +16,7 @@ import tempfile
 import time
 
 import common
+import results
 
 GOAL = 10  # times faster
 
@@ -76,7 +78,11 @@ def main():
     if sys.argv[1:2] == ["--trainer"]:
         run_trainer(int(sys.argv[2]), sys.argv[3])
         return
-    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    parser = argparse.ArgumentParser()
+    parser.add_argument("repeats", nargs="?", type=int, default=5)
+    results.add_json_option(parser)
+    options = parser.parse_args()
+    repeats, figures = options.repeats, results.Figures("startup", options.json)
     print(f"{os.cpu_count()} cores, {repeats} interleaved repeats after one that warms the file cache; seconds to the end of the first step")
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
@@ -89,9 +95,10 @@ def main():
                     times[side] += [seconds] if repeat else []
             for side, values in times.items():
                 print(f"     {ranks} ranks, {side}: median {statistics.median(values):.2f} ({' '.join(f'{v:.2f}' for v in values)})")
-            common.report(f"start-up with {ranks} ranks: times faster",
-                          statistics.median(times["transformers"]) / statistics.median(times["shardtune"]), GOAL, more_is_better=True)
-    common.finish()
+            ours_and_theirs = [[[seconds] for seconds in values] for values in times.values()]
+            figures.add(f"MiniLM, first step done, {ranks} ranks", "s", ours_and_theirs[0], peer=ours_and_theirs[1],
+                        beside="transformers' Trainer", is_times_as_fast=True, aim=GOAL)
+    figures.finish()
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ import contextlib
 import json
 import pathlib
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
+
+import results
 
 SHAPES = {  # config.json, tokens of a row, rows of a micro-batch
     "minilm": ({"architectures": ["BertForSequenceClassification"], "model_type": "bert", "vocab_size": 30522, "hidden_size": 384,
@@ -51,6 +52,7 @@ def argument_parser(doc, shape):
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--bf16", action="store_true")
+    results.add_json_option(parser)
     return parser
 
 
@@ -77,15 +79,19 @@ def step_seconds(options, folder, ranks, arguments, num_jobs=1, rows=None):
     return seconds
 
 
-def medians(repeats, runs):
-    """Milliseconds: medians of what each of `runs`, functions that return seconds of steps, has given; they alternate."""
-    seconds = [[] for _ in runs]
-    for _ in range(repeats):
-        for values, run in zip(seconds, runs):
-            values += run()
-    return [1e3 * statistics.median(values) for values in seconds]
+def in_turn(num_repeats, runs):
+    """A list of repeats of milliseconds for each of `runs`, functions that return seconds of steps; the runs alternate."""
+    repeats = [[] for _ in runs]
+    for _ in range(num_repeats):
+        for values, run in zip(repeats, runs):
+            values.append([1e3 * seconds for seconds in run()])
+    return repeats
 
 
-def median_milliseconds(options, folder, runs):
-    """Of the steps of each of `runs`, arguments of step_seconds."""
-    return medians(options.repeats, [lambda run=run: step_seconds(options, folder, *run) for run in runs])
+def milliseconds(options, folder, runs):
+    """The same for arguments of step_seconds."""
+    return in_turn(options.repeats, [lambda run=run: step_seconds(options, folder, *run) for run in runs])
+
+
+def describe(options):
+    return f"{options.shape}, {'bf16' if options.bf16 else 'fp32'}"

@@ -1,7 +1,8 @@
 """Training speed and memory beside the Hugging Face Trainer, on one machine and in the same minutes.
-Run with: scripts/parity --python benchmarks/training.py [--case NAME ...] [--steps N] [--repeats N] [--peers tuned,default] [--inputs DIR]
+Run with: scripts/parity --python benchmarks/training.py [--case NAME ...] [--steps N] [--repeats N] [--peers tuned,default]
+          [--inputs DIR] [--json FILE]
 
-Cases (--list): GPT-2 124M and a Llama of 0.5 billion parameters with random weights, both sides start from the same file, 4 rows
+Cases: GPT-2 124M and a Llama of 0.5 billion parameters with random weights, both sides start from the same file, 4 rows
 of 1024 tokens of tinyshakespeare a step, bf16 (the Trainer by autocast), AdamW; MiniLM on SST-2, 32 sentences a step. A step's
 time is the distance between the lines that both sides print when a step ends; the first step does not count. tokens/s counts
 tokens that are not padding. Each repeat runs shardtune and every peer once, in turn; the figure is the ratio of medians over all
@@ -22,6 +23,7 @@ import tempfile
 import time
 
 import common
+import results
 
 ROWS, TOKENS, RATE = 4, 1024, 1e-4
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(64 << 20),
@@ -31,9 +33,10 @@ LLAMA = {"model_type": "llama", "vocab_size": 50257, "hidden_size": 1024, "inter
          "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 1024, "bos_token_id": 50256,
          "eos_token_id": 50256, "tie_word_embeddings": False}
 GPT2_DROPOUT = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
-# name: shape or None for MiniLM, fields set to zero, bf16, aims (times the tuned and the default peer)
+# name: shape or None for MiniLM, bf16, aims (times the tuned and the default peer; share of a peer's memory; largest difference of losses)
 CASES = {
-    "gpt2": {"shape": GPT2 | {name: 0.0 for name in GPT2_DROPOUT}, "bf16": True, "loss": 0.02, "aim": {"tuned": 1.7, "default": 4}},
+    "gpt2": {"shape": GPT2 | {name: 0.0 for name in GPT2_DROPOUT}, "bf16": True, "loss": 0.02, "aim": {"tuned": 1.7, "default": 4},
+             "memory": {"tuned": 0.45}},
     "gpt2-dropout": {"shape": GPT2 | {name: 0.1 for name in GPT2_DROPOUT}, "bf16": True, "aim": {"tuned": 2.5}},
     "llama": {"shape": LLAMA, "bf16": True, "loss": 0.02, "aim": {"tuned": 1.4}},
     "minilm": {"shape": None, "bf16": True, "aim": {"default": 3.5}},
@@ -143,9 +146,9 @@ def run_side(side, case, folder, steps):
     return {"seconds": seconds, "peak": peak, "losses": result["losses"], "tokens": result["tokens"][1:] or [ROWS * TOKENS] * len(seconds)}
 
 
-def compare(name, case, arguments):
+def compare(name, case, arguments, figures):
     sides = ["shardtune", *arguments.peers.split(",")] if arguments.peers else ["shardtune"]
-    rates, peaks, losses = {side: [] for side in sides}, {side: 0 for side in sides}, {}
+    rates, peaks, losses = {side: [] for side in sides}, {side: [] for side in sides}, {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(arguments.inputs or temporary) / name
         if case["shape"] is not None and not (folder / "rows.jsonl").exists():
@@ -154,22 +157,23 @@ def compare(name, case, arguments):
         for _ in range(arguments.repeats):
             for side in sides:
                 result = run_side(side, case, folder, arguments.steps + 1)
-                rates[side] += [tokens / seconds for tokens, seconds in zip(result["tokens"], result["seconds"])]
-                peaks[side] = max(peaks[side], result["peak"])
+                rates[side].append([tokens / seconds for tokens, seconds in zip(result["tokens"], result["seconds"])])
+                peaks[side].append([result["peak"]])
                 losses[side] = result["losses"]
     for side in sides:
-        print(f"     {name}, {side}: median {statistics.median(rates[side]):.0f} tokens/s ({min(rates[side]):.0f} to "
-              f"{max(rates[side]):.0f}, {len(rates[side])} steps), peak {peaks[side]:.0f} MiB, last loss {losses[side][-1]:.4f}")
+        steps = results.flat(rates[side])
+        print(f"     {name}, {side}: median {statistics.median(steps):.0f} tokens/s ({min(steps):.0f} to {max(steps):.0f}, "
+              f"{len(steps)} steps), peak {max(results.flat(peaks[side])):.0f} MiB, last loss {losses[side][-1]:.4f}")
     for side in sides[1:]:
-        ratio = statistics.median(rates["shardtune"]) / statistics.median(rates[side])
-        if side in case["aim"]:
-            common.report(f"{name}: times as fast as transformers, {side}", ratio, case["aim"][side], more_is_better=True)
-        else:
-            print(f"     {name}: times as fast as transformers, {side}: {ratio:.3g}")
-        print(f"     {name}: memory beside transformers, {side}: {peaks['shardtune'] / peaks[side]:.3g}")
+        beside = f"transformers, {side}"
+        figures.add(f"{name}, speed", "tokens/s", rates["shardtune"], peer=rates[side], beside=beside, aim=case["aim"].get(side))
+        figures.add(f"{name}, peak memory", "MiB", peaks["shardtune"], peer=peaks[side], beside=beside,
+                    aim=case.get("memory", {}).get(side), more_is_better=False)
         if "loss" in case:
-            common.report(f"{name}: largest difference of a step's loss, {side}",
-                          max(abs(a - b) for a, b in zip(losses["shardtune"], losses[side], strict=True)), case["loss"])
+            largest = max(abs(a - b) for a, b in zip(losses["shardtune"], losses[side], strict=True))
+            figures.add(f"{name}, largest difference of a step's loss, {beside}", "", [[largest]], aim=case["loss"], more_is_better=False)
+    if len(sides) == 1:
+        figures.add(f"{name}, speed", "tokens/s", rates["shardtune"])
 
 
 def main():
@@ -182,11 +186,13 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peers", default="tuned,default", help="none: --peers ''")
     parser.add_argument("--inputs", help="directory that keeps models and rows for the next run")
+    results.add_json_option(parser)
     arguments = parser.parse_args()
+    figures = results.Figures("training", arguments.json)
     print(f"{os.cpu_count()} cores, {arguments.repeats} interleaved repeats of {arguments.steps} counted steps")
     for name in arguments.case:
-        compare(name, CASES[name], arguments)
-    common.finish()
+        compare(name, CASES[name], arguments, figures)
+    figures.finish()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Saving and loading beside torch: python compare.py BENCHMARK_CHECKPOINT DIR [MEBIBYTES [STEP_MS...]]
+"""Saving and loading beside torch: python compare.py BENCHMARK_CHECKPOINT DIR [MEBIBYTES [STEP_MS...]] [--json FILE]
 
 The same amount of fp32 state (1,500 MB) on the same disk, in turn: dd with direct writes and reads, torch.save and torch.load on
 one rank, DCP on two ranks over gloo (save, async_save, load), benchmark_checkpoint with two ranks for each length of step. Loads find nothing in
 the page cache. Needs torch (scripts/parity --python has it); prints figures and their ratios to the aims: stall at most 2 % of
 torch.save's and 20 % of DCP async's, written at 0.8 of dd's rate, loaded at 0.8 of dd's, steps at most 10 % slower during a save.
 """
+import argparse
 import json
 import os
 import pathlib
@@ -17,6 +18,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+import machine
+import results
 
 SIZES = (768 * 768, 768, 768 * 3072, 3072, 768 * 3072, 768)
 
@@ -40,17 +45,6 @@ def drop_from_cache(path):
             os.close(fd)
 
 
-def measure_dd(folder, mebibytes):
-    """Rates of writing and reading, MB/s."""
-    target, rates = folder / "dd", []
-    for arguments in (["if=/dev/zero", f"of={target}", "oflag=direct", "conv=fsync"], [f"if={target}", "of=/dev/null", "iflag=direct"]):
-        start = time.perf_counter()
-        subprocess.run(["dd", "bs=4M", f"count={mebibytes // 4}", *arguments], check=True, capture_output=True)
-        rates.append(mebibytes * 1.048576 / (time.perf_counter() - start))
-    target.unlink()
-    return rates
-
-
 def measure_torch_save(folder, num_bytes):
     tensors, times, loads = state(num_bytes), [], []
     for _ in range(3):
@@ -68,7 +62,7 @@ def measure_torch_save(folder, num_bytes):
     return sorted(times)[1], sorted(loads)[1]
 
 
-def dcp_rank(rank, folder, num_bytes, results):
+def dcp_rank(rank, folder, num_bytes, shared):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
@@ -92,52 +86,80 @@ def dcp_rank(rank, folder, num_bytes, results):
     dcp.load(tensors, checkpoint_id=str(folder / "dcp2"))
     dist.barrier()
     if rank == 0:
-        results.update(load=time.perf_counter() - start, save=sorted(blocking)[1], stall=sorted(stalls)[1], total=sorted(durations)[1])
+        shared.update(load=time.perf_counter() - start, save=sorted(blocking)[1], stall=sorted(stalls)[1], total=sorted(durations)[1])
     dist.destroy_process_group()
 
 
 def measure_ours(program, folder, mebibytes, step_ms):
-    before = measure_dd(folder, mebibytes)
+    before = machine.disk_rates(folder, mebibytes)
     ours = json.loads(subprocess.run([program, str(folder / "ours"), "2", str(mebibytes), step_ms, "3"], check=True,
                                      capture_output=True, text=True).stdout)
     shutil.rmtree(folder / "ours")
-    return ours, before, measure_dd(folder, mebibytes)
+    return ours, before, machine.disk_rates(folder, mebibytes)
 
 
-def print_ours(step_ms, ours, before, after, torch_save, async_stall):
-    write, read = ((a + b) / 2 for a, b in zip(before, after))
+def print_ours(step_ms, ours, before, after):
     step, during = ours["step_seconds"], ours["step_seconds_during_save"]
     print(f"shardtune, steps of {step_ms} ms")
     print(f"  training held up     {1e3 * ours['stall_seconds']:8.1f} ms of a save, {ours['copied_megabytes']:.0f} MB copied on update "
-          f"(copying {1e3 * ours['copy_seconds']:.1f} ms, waiting {1e3 * ours['wait_seconds']:.1f} ms); "
-          f"{ours['stall_seconds'] / torch_save:.2%} of torch.save (aim: 2 %), {ours['stall_seconds'] / async_stall:.1%} of DCP async (aim: 20 %)")
-    print(f"  steps                {1e3 * step:8.0f} ms, {1e3 * during:.0f} ms during a save ({during / step - 1:+.1%}, aim: 10 %); "
+          f"(copying {1e3 * ours['copy_seconds']:.1f} ms, waiting {1e3 * ours['wait_seconds']:.1f} ms)")
+    print(f"  steps                {1e3 * step:8.0f} ms, {1e3 * during:.0f} ms during a save ({during / step - 1:+.1%}); "
           f"a save costs {1e3 * ours['lost_seconds_per_save']:.0f} ms in all")
-    print(f"  written              {ours['write_megabytes_per_second']:8.0f} MB/s = {ours['write_megabytes_per_second'] / write:.2f} of dd "
-          f"({before[0]:.0f} before, {after[0]:.0f} after; aim: 0.8); committed after {ours['commit_seconds']:.2f} s")
+    print(f"  written              {ours['write_megabytes_per_second']:8.0f} MB/s; dd {before[0]:.0f} before, "
+          f"{after[0]:.0f} after; committed after {ours['commit_seconds']:.2f} s")
     print(f"  save in between      {1e3 * ours['save_in_between_seconds']:8.0f} ms")
-    print(f"  loaded               {ours['load_megabytes_per_second']:8.0f} MB/s = {ours['load_megabytes_per_second'] / read:.2f} of dd "
-          f"({before[1]:.0f} before, {after[1]:.0f} after; aim: 0.8)", flush=True)
+    print(f"  loaded               {ours['load_megabytes_per_second']:8.0f} MB/s; dd {before[1]:.0f} before, "
+          f"{after[1]:.0f} after", flush=True)
+
+
+def report_ours(figures, title, ours, dd, peers):
+    """`dd`: (write, read) rates, MB/s; `peers`: seconds of torch and of DCP."""
+    write, read = dd
+    stall, save, load = 1e3 * ours["stall_seconds"], 1e3 * ours["save_in_between_seconds"], ours["load_megabytes_per_second"]
+
+    def add(what, unit, value, peer, beside, **more):
+        figures.add(f"{what}, {title}", unit, [[value]], peer=[[peer]], beside=beside, **more)
+
+    add("written", "MB/s", ours["write_megabytes_per_second"], write, "dd, direct", aim=0.8)
+    add("loaded", "MB/s", load, read, "dd, direct", aim=0.8)
+    add("loaded", "MB/s", load, ours["state_megabytes"] / peers["torch_load"], "torch.load")
+    add("loaded", "MB/s", load, ours["state_megabytes"] / peers["load"], "DCP")
+    add("training held up by a save", "ms", stall, 1e3 * peers["torch_save"], "torch.save", aim=0.02, more_is_better=False)
+    add("training held up by a save", "ms", stall, 1e3 * peers["stall"], "DCP async_save", aim=0.2, more_is_better=False)
+    add("step during a save", "ms", 1e3 * ours["step_seconds_during_save"], 1e3 * ours["step_seconds"], "steps without", aim=1.1,
+        more_is_better=False)
+    add("save that is waited for", "ms", save, 1e3 * peers["torch_save"], "torch.save", is_times_as_fast=True)
+    add("save that is waited for", "ms", save, 1e3 * peers["save"], "DCP", is_times_as_fast=True)
 
 
 def main():
-    program, folder = sys.argv[1], pathlib.Path(sys.argv[2])
-    mebibytes = int(sys.argv[3]) if len(sys.argv) > 3 else 1432
-    steps = sys.argv[4:] or ["400", "2000"]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("program")
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("mebibytes", nargs="?", type=int, default=1432)
+    parser.add_argument("step_ms", nargs="*")
+    results.add_json_option(parser)
+    options = parser.parse_args()
+    program, folder, mebibytes, steps = options.program, options.folder, options.mebibytes, options.step_ms or ["400", "2000"]
     folder.mkdir(parents=True, exist_ok=True)
     ours = [measure_ours(program, folder, mebibytes, step_ms) for step_ms in steps]
     torch_save, torch_load = measure_torch_save(folder, mebibytes << 20)
     with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(dcp_rank, args=(folder, mebibytes << 20, results), nprocs=2)
-        results = dict(results)
+        shared = manager.dict()
+        mp.spawn(dcp_rank, args=(folder, mebibytes << 20, shared), nprocs=2)
+        peers = {**shared, "torch_save": torch_save, "torch_load": torch_load}
     shutil.rmtree(folder)
     print(f"state {mebibytes} MiB; torch {torch.__version__}")
-    for step_ms, (figures, before, after) in zip(steps, ours):
-        print_ours(step_ms, figures, before, after, torch_save, results["stall"])
+    for step_ms, (measured, before, after) in zip(steps, ours):
+        print_ours(step_ms, measured, before, after)
     print(f"torch, one rank        {1e3 * torch_save:8.0f} ms save + fsync, {1e3 * torch_load:.0f} ms load ({mebibytes * 1.048576 / torch_load:.0f} MB/s)")
-    print(f"DCP, two ranks         {1e3 * results['save']:8.0f} ms save, {1e3 * results['load']:.0f} ms load ({mebibytes * 1.048576 / results['load']:.0f} MB/s)")
-    print(f"DCP async_save         {1e3 * results['stall']:8.0f} ms held up, written after {results['total']:.2f} s")
+    print(f"DCP, two ranks         {1e3 * peers['save']:8.0f} ms save, {1e3 * peers['load']:.0f} ms load ({mebibytes * 1.048576 / peers['load']:.0f} MB/s)")
+    print(f"DCP async_save         {1e3 * peers['stall']:8.0f} ms held up, written after {peers['total']:.2f} s")
+    figures = results.Figures("checkpoint", options.json)
+    for step_ms, (measured, before, after) in zip(steps, ours):
+        rates = [(first + last) / 2 for first, last in zip(before, after)]
+        report_ours(figures, f"{mebibytes} MiB, steps of {step_ms} ms", measured, rates, peers)
+    figures.finish()
 
 
 if __name__ == "__main__":
