@@ -2,6 +2,7 @@
 """What a step costs besides its work: time of a step against tokens, parameters and ranks, with fitted lines.
 
     python3 benchmarks/step_cost.py PROGRAM [--series tokens,parameters,ranks] [--plan ddp] [--steps 12] [--repeats 3] [--fp32]
+                                            [--json FILE]
 
 PROGRAM is build/release/shardtune. Llama-shaped models with random weights, rows of 128 tokens. `tokens`: the smallest model, 1 to 128
 rows a step; `parameters`: one row, 10 million to half a billion; `ranks`: the smallest model, one row a rank. Every rank has one
@@ -11,8 +12,10 @@ count as much as long ones. Fixed cost: where the line of `tokens` begins, less 
 """
 import argparse
 import pathlib
+import statistics
 import tempfile
 
+import results
 import steps
 
 ROW_TOKENS = 128
@@ -44,7 +47,7 @@ def fitted_line(points):
 
 
 def measure(options, runs):
-    """Milliseconds of a step of each of `runs`: (hidden size, layers), rows, ranks."""
+    """Repeats of milliseconds of steps of each of `runs`: (hidden size, layers), rows, ranks."""
     with tempfile.TemporaryDirectory() as temporary:
         folders = {}
         for width, _, _ in runs:
@@ -54,17 +57,38 @@ def measure(options, runs):
             folders[width].mkdir()
             steps.write_inputs(folders[width], shape(*width), ROW_TOKENS)
         arguments = ["--sharding", options.plan]
-        return steps.medians(options.repeats, [
+        return steps.in_turn(options.repeats, [
             lambda width=width, rows=rows, ranks=ranks: steps.step_seconds(options, folders[width], ranks, arguments, rows=rows)
             for width, rows, ranks in runs])
 
 
-def report(name, unit, points):
+def report(figures, series, unit, scale, repeats):
+    """Adds a figure for each of {x: repeats}; the fitted line through their medians, per `scale` of x."""
+    points = [(x / scale, statistics.median(results.flat(times))) for x, times in repeats.items()]
     intercept, slope = fitted_line(points)
-    print(f"\n{name}: {intercept:.2f} ms + {slope:.4g} ms for each {unit}")
-    for x, milliseconds in points:
-        print(f"  {x:10.4g} {milliseconds:10.2f} ms, the line {intercept + slope * x:10.2f}", flush=True)
+    for x, times in repeats.items():
+        figures.add(f"{series}, {x} {unit}", "ms", times)
+    print(f"  line: {intercept:.2f} ms + {slope:.4g} ms for each {scale:g} {unit}; "
+          f"farthest point {max(abs((intercept + slope * x) / y - 1) for x, y in points):.0%} off", flush=True)
     return intercept, slope
+
+
+def measure_series(options, figures):
+    """{name of a series: intercept in ms and slope, a thousand tokens, a million parameters or a rank}."""
+    smallest = WIDTHS[0]
+    num, lines = num_parameters(*smallest), {}
+    if "tokens" in options.series:
+        times = measure(options, [(smallest, rows, 1) for rows in ROWS])
+        by_tokens = {rows * ROW_TOKENS: repeats for rows, repeats in zip(ROWS, times)}
+        lines["tokens"] = report(figures, f"{num} parameters", "tokens", 1000, by_tokens)
+    if "parameters" in options.series:
+        times = measure(options, [(width, 1, 1) for width in WIDTHS])
+        by_parameters = {num_parameters(*width): repeats for width, repeats in zip(WIDTHS, times)}
+        lines["parameters"] = report(figures, f"{ROW_TOKENS} tokens", "parameters", 1e6, by_parameters)
+    if "ranks" in options.series:
+        times = measure(options, [(smallest, 1, ranks) for ranks in RANKS])
+        lines["ranks"] = report(figures, f"{num} parameters, {ROW_TOKENS} tokens a rank", "ranks", 1, dict(zip(RANKS, times)))
+    return lines
 
 
 def main():
@@ -75,29 +99,20 @@ def main():
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--fp32", action="store_true")
+    results.add_json_option(parser)
     options = parser.parse_args()
     if unknown := set(options.series) - {"tokens", "parameters", "ranks"}:
         parser.error(f"--series: {', '.join(sorted(unknown))} is unknown; tokens, parameters and ranks exist")
     options.bf16 = not options.fp32
-    smallest = WIDTHS[0]
-    millions = num_parameters(*smallest) / 1e6
-    lines = {}
-    if "tokens" in options.series:
-        times = measure(options, [(smallest, rows, 1) for rows in ROWS])
-        lines["tokens"] = report(f"{millions:.1f} million parameters, tokens", "1000 tokens",
-                                 [(rows * ROW_TOKENS / 1000, time) for rows, time in zip(ROWS, times)])
-    if "parameters" in options.series:
-        times = measure(options, [(width, 1, 1) for width in WIDTHS])
-        lines["parameters"] = report(f"{ROW_TOKENS} tokens, parameters", "million parameters",
-                                     [(num_parameters(*width) / 1e6, time) for width, time in zip(WIDTHS, times)])
-    if "ranks" in options.series:
-        times = measure(options, [(smallest, 1, ranks) for ranks in RANKS])
-        lines["ranks"] = report(f"{millions:.1f} million parameters, {ROW_TOKENS} tokens a rank, ranks", "rank", list(zip(RANKS, times)))
+    figures = results.Figures("step_cost", options.json)
+    lines = measure_series(options, figures)
     if "tokens" in lines and "parameters" in lines:
         # The line of parameters holds their optimizer's pass and the work of one row, which the line of tokens has as well.
+        millions = num_parameters(*WIDTHS[0]) / 1e6
         work = lines["tokens"][1] * ROW_TOKENS / 1000 / millions
         fixed = lines["tokens"][0] - (lines["parameters"][1] - work) * millions
-        print(f"\nfixed cost of a step: {fixed:.2f} ms (aim: at most {AIM_MS:g})")
+        figures.add("fixed cost of a step", "ms", [[fixed]], aim=AIM_MS, more_is_better=False)
+    figures.finish()
 
 
 if __name__ == "__main__":

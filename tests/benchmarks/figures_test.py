@@ -8,6 +8,7 @@ import unittest
 import support
 import regression
 import results
+import step_cost
 from support import figure
 
 
@@ -32,6 +33,15 @@ class Statistics(unittest.TestCase):
         for own, peer in (([], None), ([[]], None), ([[1], [2]], [[1]]), ([[1], [2]], [[1], []])):
             with self.assertRaises(results.Problem):
                 results.make_figure("c", "n", "ms", own, peer=peer)
+
+    def test_the_line_of_least_relative_errors(self):
+        intercept, slope = step_cost.fitted_line([(1, 5.0), (2, 7.0), (100, 203.0)])
+        self.assertAlmostEqual(intercept, 3.0)
+        self.assertAlmostEqual(slope, 2.0)
+        # A short step that is off counts as much as a long one that is off by the same share.
+        low, high = (step_cost.fitted_line([(1, 1.0 * a), (10, 10.0), (100, 100.0 * b)]) for a, b in ((1.1, 1), (1, 1.1)))
+        self.assertGreater(low[0], 0.05)
+        self.assertLess(high[0], 0)
 
     def test_an_aim_without_a_peer_is_one_of_the_value(self):
         self.assertTrue(figure(ratio=None, value=95.0, aim=100, more_is_better=True).has_missed)
