@@ -1,6 +1,7 @@
 #include "trainer/stop_signal.hpp"
 
 #include <csignal>
+#include <initializer_list>
 
 #include <unistd.h>
 
