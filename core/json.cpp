@@ -14,8 +14,20 @@
 namespace shardtune {
 namespace {
 
+// The parser says what it has read last, every control character in eight, and a key may be as long as the file: a message
+// is for people. Whole UTF-8 characters stay.
+std::string clipped(const std::string& what) {
+  constexpr std::size_t kHead = 300, kTail = 60;
+  const auto is_inside = [&](std::size_t at) { return (static_cast<unsigned char>(what[at]) & 0xC0) == 0x80; };
+  if (what.size() <= kHead + kTail) return what;
+  std::size_t head = kHead, tail = what.size() - kTail;
+  while (head > 0 && is_inside(head)) --head;
+  while (tail < what.size() && is_inside(tail)) ++tail;
+  return what.substr(0, head) + " [...] " + what.substr(tail);
+}
+
 [[noreturn]] void refuse(const std::string& origin, const std::string& what) {
-  fail(ErrorKind::data, fmt::format("{}: {}", origin, what));
+  fail(ErrorKind::data, fmt::format("{}: {}", origin, clipped(what)));
 }
 
 // Python's bare NaN, Infinity and -Infinity become null outside strings; everything else stays as it is.

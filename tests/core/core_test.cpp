@@ -104,6 +104,21 @@ TEST(Json, ReadsPythonsBareNanWhereAllowed) {
   EXPECT_EQ(value["b"], "NaN");
 }
 
+// What a fuzzer found: the parser reprints what it has read, a line feed as <U+000A>.
+TEST(Json, AMessageIsForPeopleWhateverTheInput) {
+  const std::string lines(100'000, '\n');
+  std::string name;
+  for (int i = 0; i < 50'000; ++i) name += "\u20ac";
+  for (const std::string& text : {"{" + lines + "wR", "[\"" + name, "{\"" + name + "\": 1, \"" + name + "\": 2}"}) {
+    const std::string message = message_of(text);
+    EXPECT_TRUE(message.starts_with("f.json: ")) << message.substr(0, 100);
+    EXPECT_LT(message.size(), 500U);
+    EXPECT_NO_THROW(nlohmann::json(message).dump()) << "broken UTF-8";
+  }
+  EXPECT_NE(message_of("{" + lines + "wR").find("line 100001, column 1"), std::string::npos);
+  EXPECT_EQ(message_of("[1,"), "f.json: not valid JSON: [json.exception.parse_error.101] parse error at line 1, column 4: syntax error while parsing value - unexpected end of input; expected '[', '{', or a literal");
+}
+
 TEST(Json, TypedAccessNamesKeyAndValue) {
   const auto object = parse_json(R"({"n": 4.0, "m": 3, "s": "x"})", "config.json");
   EXPECT_EQ(json_get<std::int64_t>(object, "m", "config.json"), 3);
