@@ -5,6 +5,7 @@ import pathlib
 import sys
 from collections.abc import Callable
 
+import machine
 import tables
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parent
@@ -27,7 +28,7 @@ class Case:
 
 
 PARITY = (str(ROOT / "scripts" / "parity"), "--python")
-KERNEL_MALLOC = (("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),)  # as the program has it
+MALLOC = tuple(machine.PROGRAM_MALLOC.items())
 
 
 def python(*path):
@@ -63,9 +64,9 @@ CASES = {
                         driver=(python("collectives", "run"),), arguments=("--max_mib=32",), quick=("all_reduce", "--max_mib=1"),
                         repeats=(5, 3), minutes=(30, 5), variables=(("RANKS", "2"),), least_cores=2),
     "kernels": Case(about="operators and matrix products beside ATen", program="benchmark_kernels", parse=tables.kernels,
-                    arguments=("1",), quick=("0.2",), repeats=(5, 3), minutes=(20, 10), variables=KERNEL_MALLOC),
+                    arguments=("1",), quick=("0.2",), repeats=(5, 3), minutes=(20, 10), variables=MALLOC),
     "optimizer": Case(about="optimizer steps beside the memory's bandwidth", program="benchmark_optimizer", parse=tables.optimizer,
-                      arguments=("64",), quick=("64",), repeats=(5, 3), minutes=(5, 5), variables=KERNEL_MALLOC),
+                      arguments=("64",), quick=("64",), repeats=(5, 3), minutes=(5, 5), variables=MALLOC),
 }
 
 

@@ -9,6 +9,7 @@ import time
 
 FLAGS = ("avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile")  # that matter
 MIB = 1 << 20
+PROGRAM_MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # what launcher/front.cpp sets: for programs started without it
 # Idle: at most this much of a core per core of load before the first case, and this share of the time of our cores taken by
 # others, or by other machines on the same host (steal), while nothing or only a driver of ours runs.
 MOST_LOAD, MOST_OTHERS, MOST_STOLEN = 0.5, 0.05, 0.02

@@ -23,11 +23,12 @@ import tempfile
 import time
 
 import common
+import machine
 import results
 
 ROWS, TOKENS, RATE = 4, 1024, 1e-4
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(64 << 20),
-               "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+               **machine.PROGRAM_MALLOC}
 GPT2 = {"model_type": "gpt2"}
 LLAMA = {"model_type": "llama", "vocab_size": 50257, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
          "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 1024, "bos_token_id": 50256,

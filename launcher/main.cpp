@@ -12,6 +12,7 @@
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
 
+#include "core/allocator.hpp"
 #include "core/error.hpp"
 #include "core/log.hpp"
 #include "core/memory.hpp"
@@ -20,7 +21,6 @@
 #include "kernels/instruction_set.hpp"
 #include "launcher/command_line.hpp"
 #include "launcher/offline_commands.hpp"
-#include "launcher/process_setup.hpp"
 #include "trainer/commands.hpp"
 #include "trainer/stop_signal.hpp"
 

@@ -25,8 +25,6 @@ import results
 
 SIZES = (768 * 768, 768, 768 * 3072, 3072, 768 * 3072, 768)
 
-MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the program has it
-
 
 def state(num_bytes, cut=1):
     tensors, held, i = {}, 0, 0
@@ -95,7 +93,7 @@ def dcp_rank(rank, folder, num_bytes, shared):
 def measure_ours(program, folder, mebibytes, step_ms):
     before = machine.disk_rates(folder, mebibytes)
     ours = json.loads(subprocess.run([program, str(folder / "ours"), "2", str(mebibytes), step_ms, "3"], check=True,
-                                     capture_output=True, text=True, env=os.environ | MALLOC).stdout)
+                                     capture_output=True, text=True, env=os.environ | machine.PROGRAM_MALLOC).stdout)
     shutil.rmtree(folder / "ours")
     return ours, before, machine.disk_rates(folder, mebibytes)
 

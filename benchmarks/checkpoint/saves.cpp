@@ -15,11 +15,11 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <fcntl.h>
-#include <malloc.h>
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
 #include "checkpoint/checkpoint_store.hpp"
+#include "core/allocator.hpp"
 #include "core/file.hpp"
 #include "distributed/comm/thread_group.hpp"
 
@@ -191,8 +191,7 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "usage: %s DIR NUM_RANKS MEBIBYTES STEP_MS SAVES\n", argv[0]);
     return 2;
   }
-  ::mallopt(M_MMAP_MAX, 0);  // as the program does: memory that was freed is used again, without page faults
-  ::mallopt(M_TRIM_THRESHOLD, -1);
+  tune_allocator();
   const std::filesystem::path dir = argv[1];
   std::filesystem::create_directories(dir);
   run_thread_ranks(std::stoi(argv[2]), [&](Communicator& comm) {

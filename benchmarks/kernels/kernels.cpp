@@ -11,12 +11,12 @@
 #include <string_view>
 #include <vector>
 
-#include <malloc.h>
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 
+#include "core/allocator.hpp"
 #include "kernels/activation.hpp"
 #include "kernels/attention.hpp"
 #include "kernels/bf16_gemm.hpp"
@@ -180,8 +180,7 @@ void products(std::int64_t tokens, std::int64_t in, std::int64_t out, double bud
 
 int main(int argc, char** argv) {
   using namespace shardtune::benchmark;
-  ::mallopt(M_MMAP_MAX, 0);  // as the program does
-  ::mallopt(M_TRIM_THRESHOLD, -1);
+  shardtune::tune_allocator();
   const double budget = argc > 1 ? std::atof(argv[1]) : 1.0;
   const std::string_view pattern = argc > 2 ? argv[2] : "";
   std::printf(

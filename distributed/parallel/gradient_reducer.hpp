@@ -61,7 +61,7 @@ class GradientReducer {
   ReductionAxis over_replicas(const ShardUnit& unit) const;
   const RoundSchedule& schedule() const;
   // To be called by an add() that is about to issue an exchange: waits for those of earlier calls (see lag()), and for
-  // the unit's own.
+  // the unit's own, and counts this one as under way.
   void merge_earlier_adds(ShardUnit& unit);
 
   ShardContext context_;

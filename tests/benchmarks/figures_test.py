@@ -1,8 +1,6 @@
 """Statistics, files and verdicts of benchmarks/results.py and benchmarks/regression.py."""
 import json
 import math
-import pathlib
-import tempfile
 import unittest
 
 import support
@@ -57,12 +55,7 @@ class Statistics(unittest.TestCase):
         self.assertIsNone(merged["other"].ratio)
 
 
-class Files(unittest.TestCase):
-    def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = pathlib.Path(temporary.name)
-
+class Files(support.Folder):
     def test_round_trip(self):
         figures = [figure(aim=1.5), figure("memory", ratio=0.25, more_is_better=False), figure("loss", ratio=None, unit="")]
         loaded = results.load_result(support.write_result(self.folder, figures))

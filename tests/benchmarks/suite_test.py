@@ -2,9 +2,7 @@
 import importlib.machinery
 import importlib.util
 import os
-import pathlib
 import subprocess
-import tempfile
 import unittest
 import xml.etree.ElementTree as ElementTree
 
@@ -16,14 +14,7 @@ import results
 from support import figure
 
 
-class Folder(unittest.TestCase):
-    def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = pathlib.Path(temporary.name)
-
-
-class Run(Folder):
+class Run(support.Folder):
     def program(self, output, code=0):
         """A benchmark_optimizer that prints this."""
         path = self.folder / "build" / "benchmark_optimizer"
@@ -121,7 +112,7 @@ class Run(Folder):
         self.expect(self.run_suite("--list"), 0, "training", "collectives")
 
 
-class Report(Folder):
+class Report(support.Folder):
     FIGURES = [figure("fast enough", ratio=2.0, aim=1.7), figure("a | bar & <tag>", ratio=1.2, aim=1.7), figure("slower", ratio=0.8),
                figure("hardly slower", ratio=0.98), figure("lean", ratio=0.4, aim=0.45, more_is_better=False),
                figure("dear but allowed", ratio=1.04, spread=0.01, aim=1.05, more_is_better=False),

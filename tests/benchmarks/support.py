@@ -1,6 +1,8 @@
 """What the tests of benchmarks/ share: its modules, and figures and results that nobody has measured."""
 import pathlib
 import sys
+import tempfile
+import unittest
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
 sys.dont_write_bytecode = True
@@ -49,6 +51,15 @@ gathering in memory that the ranks have in common takes 14.2 microseconds at any
 |---|---|---|---|---|---|---|---|---|
 | all_reduce | fp32 | 64 | 90.0 | 900.0 | 45.0 (2.0, 20.0) | 18.5 (1.4, 10.4) | 30.0 (3.0, 30.0) | 20.8 (1.3, 9.3) |
 """
+
+
+class Folder(unittest.TestCase):
+    """Tests that have a directory of their own."""
+
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = pathlib.Path(temporary.name)
 
 
 def figure(name="speed", ratio=2.0, spread=0.05, **more):

@@ -288,19 +288,6 @@ struct ScopedHook {
   ~ScopedHook() { set_save_phase_hook(nullptr); }
 };
 
-std::string save_into_one_file(const std::filesystem::path& dir, int num_ranks,
-                               const std::vector<TestTensor>& tensors) {
-  try {
-    run_thread_ranks(num_ranks, [&](Communicator& comm) {
-      CheckpointStore store(dir, comm, std::size_t{1} << 30, num_ranks);
-      store.save(1, expected_state(tensors, 1, comm.rank(), comm.size()));
-    });
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "";
-}
-
 // Between memory and the disk: before the file is synced a bit of it changes, once for the first, the middle and the
 // last byte of every slice; blocks of the block table are covered by one slice, by many, by those of two ranks, and
 // partly by HDF5's own bytes.
@@ -309,7 +296,8 @@ class ReadBack : public testing::TestWithParam<int> {};
 TEST_P(ReadBack, FindsWhatChangedOnItsWayToTheDisk) {
   const std::vector<TestTensor> tensors = test_tensors(2000);  // 6 MB for the largest
   TempDir dir;
-  ASSERT_EQ(save_into_one_file(dir.path(), GetParam(), tensors), "");
+  const auto save_into_one_file = [&] { save_test_state(dir.path(), 1, GetParam(), tensors, GetParam()); };
+  save_into_one_file();
   const std::string good = read_file(dir / "checkpoint-1/shard-00000-of-00001.h5");
   std::set<std::size_t> positions;
   for (int rank = 0; rank < GetParam(); ++rank) {
@@ -330,7 +318,7 @@ TEST_P(ReadBack, FindsWhatChangedOnItsWayToTheDisk) {
       const char changed = static_cast<char>(good[position] ^ 4);
       EXPECT_EQ(::pwrite(fd.get(), &changed, 1, static_cast<off_t>(position)), 1) << std::strerror(errno);
     });
-    const std::string said = save_into_one_file(dir.path(), GetParam(), tensors);
+    const std::string said = testing_support::error_of(ErrorKind::io, save_into_one_file);
     EXPECT_NE(said.find("what was read back is not what was written"), std::string::npos) << position << ": " << said;
     ASSERT_FALSE(std::filesystem::exists(dir / "checkpoint-1"));
   }

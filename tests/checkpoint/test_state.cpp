@@ -84,9 +84,10 @@ std::string difference(const StateView& found, const std::vector<TestTensor>& te
 }
 
 void save_test_state(const std::filesystem::path& dir, std::int64_t step, int num_ranks,
-                     const std::vector<TestTensor>& tensors) {
+                     const std::vector<TestTensor>& tensors, int ranks_per_file) {
+  constexpr std::size_t kStagingBytes = std::size_t{1} << 30;
   run_thread_ranks(num_ranks, [&](Communicator& comm) {
-    CheckpointStore(dir, comm).save(step, expected_state(tensors, step, comm.rank(), comm.size()));
+    CheckpointStore(dir, comm, kStagingBytes, ranks_per_file).save(step, expected_state(tensors, step, comm.rank(), comm.size()));
   });
 }
 

@@ -31,9 +31,9 @@ StateView blank_state(const std::vector<TestTensor>& tensors, int rank, int num_
 std::string difference(const StateView& found, const std::vector<TestTensor>& tensors, std::int64_t step, int rank,
                        int num_ranks);
 
-// checkpoint-<step> in `dir`, saved by so many threads.
+// checkpoint-<step> in `dir`, saved by so many threads; ranks_per_file as CheckpointStore takes it.
 void save_test_state(const std::filesystem::path& dir, std::int64_t step, int num_ranks,
-                     const std::vector<TestTensor>& tensors = test_tensors());
+                     const std::vector<TestTensor>& tensors = test_tensors(), int ranks_per_file = 0);
 std::vector<std::int64_t> committed_steps(const std::filesystem::path& dir);  // newest first
 
 }  // namespace shardtune

@@ -1,4 +1,4 @@
-#include "launcher/process_setup.hpp"
+#include "core/allocator.hpp"
 
 #include <malloc.h>
 

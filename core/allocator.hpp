@@ -1,5 +1,5 @@
 #pragma once
-// Process-wide settings of the program.
+// How malloc treats this process; the program and what measures its parts are to have the same.
 
 namespace shardtune {
 
