@@ -1,17 +1,19 @@
-"""Memory of sharded training beside the formula, and memory and speed beside torch's FSDP2 over gloo.
-Run with: scripts/parity --python benchmarks/memory.py [124M] [0.5B] [2] [4] [off] [on] [--without-fsdp] [--json FILE]
+"""Memory of parallel training beside the formula, and memory and speed beside torch's FSDP2 over gloo.
+Run with: scripts/parity --python benchmarks/memory.py [124M] [0.5B] [2] [4] [off] [on] [--plans zero3,ddp,zero1,zero2]
+          [--precisions bf16,fp32] [--without-fsdp] [--json FILE]
 
-Llama-shaped models with random weights, zero3 on 2 and 4 ranks, bf16; 124M with 1024 tokens a rank, gradient checkpointing off
-and on, 0.5B with 512 tokens and checkpointing on. Measured: each rank's peak resident set as the kernel reports it (VmHWM), less
+Llama-shaped models with random weights on 2 and 4 ranks; 124M with 1024 tokens a rank, gradient checkpointing off and on, 0.5B
+with 512 tokens and checkpointing on. Measured: each rank's peak resident set as the kernel reports it (VmHWM), less
 that of the same job with a model of no size; pages that the ranks have in common count once over the ranks (RssShmem of
-/proc/PID/status is replaced by Pss_Shmem of smaps_rollup). Expected: masters, two moments and gradients, 16 bytes a parameter
-over the ranks; the gathered bf16 weights of the two largest units, 2 bytes a parameter, which the ranks have in common; partial
+/proc/PID/status is replaced by Pss_Shmem of smaps_rollup). Expected: the table of docs/memory.md (masters, two moments,
+gradients, compute copies); under zero3 the gathered weights of the two largest units, which the ranks have in common; partial
 sums and activations as --log_memory reports them. Bar: within 8 %.
-FSDP2 (fully_shard of every layer and the root, bf16 weights and fp32 reduction, AdamW, transformers' Llama) trains the same
-shape on as many tokens; its peak is measured in the same way. Seconds are those of the last step.
+FSDP2 (fully_shard of every layer and the root, bf16 weights and fp32 reduction, AdamW, transformers' Llama), beside zero3 in bf16,
+trains the same shape on as many tokens; its peak is measured in the same way. Seconds are those of the last step.
 Needs about 20 GiB of free memory for 0.5B.
 """
 import argparse
+import itertools
 import json
 import lzma
 import pathlib
@@ -62,6 +64,13 @@ def unit_sizes(shape):
     return [shape["vocab_size"] * hidden + hidden] + [4 * hidden * hidden + 3 * hidden * wide + 2 * hidden] * shape["num_hidden_layers"]
 
 
+def bytes_per_parameter(plan, precision, ranks):
+    """The table of docs/memory.md, without what zero3 gathers."""
+    masters, moments, gradients = (4, 8, 4) if plan == "ddp" else (4 / ranks, 8 / ranks, 4 / ranks)
+    copies = 0 if plan == "zero3" else 2 if precision == "bf16" else 4 - masters
+    return masters + moments + gradients + copies
+
+
 def write_inputs(folder):
     with lzma.open(common.DATA / "tokenizers" / "gpt2" / "tokenizer.json.xz") as handle:
         (folder / "tokenizer.json").write_bytes(handle.read())
@@ -86,14 +95,14 @@ def peaks_of(result, ranks):
     return [peaks[rank] for rank in range(ranks)]
 
 
-def ours(folder, shape, rows, tokens, ranks, is_checkpointed):
+def ours(folder, shape, rows, tokens, ranks, is_checkpointed, plan, precision):
     """(peak MiB of each rank, what --log_memory said last on each rank, seconds of the last step)."""
     (folder / "config.json").write_text(json.dumps(shape))
     is_nothing = shape is NOTHING
     result = run(["mpirun", "--oversubscribe", "--bind-to", "none", "-n", ranks, sys.executable, "-c", WATCH, common.BINARY, "train",
                   "--config_name", folder / "config.json", "--tokenizer_name", folder, "--task", "causal-lm", "--train_file",
                   folder / ("short.jsonl" if is_nothing else "long.jsonl"), "--output_dir", folder / "out", "--overwrite_output_dir",
-                  "--max_seq_length", tokens, "--per_device_train_batch_size", rows, "--sharding", "zero3", "--bf16", "true",
+                  "--max_seq_length", tokens, "--per_device_train_batch_size", rows, "--sharding", plan, "--bf16", str(precision == "bf16").lower(),
                   "--gradient_checkpointing", str(is_checkpointed).lower(), "--max_steps", STEPS, "--logging_steps", "1",
                   "--log_memory", "true", "--save_strategy", "no", "--ddp_bucket_cap_mb", "8"])
     reports = dict(re.findall(r"\[rank (\d+)\] most memory so far, MiB: (.*)", result.stderr))  # the last of each
@@ -157,13 +166,15 @@ def train_with_fsdp(config_file, rows, tokens, is_checkpointed):
 
 
 def compare(folder, case, idle, figures):
-    name, ranks, is_checkpointed = case
+    name, ranks, is_checkpointed, plan, precision = case
     shape, rows, tokens, _ = CASES[name]
     sizes = unit_sizes(shape)
-    peaks, reports, seconds = ours(folder, shape, rows, tokens, ranks, is_checkpointed)
-    state = 16 * sum(sizes) / ranks / MIB
-    units = 2 * sum(sorted(sizes)[-2:]) / ranks / MIB
+    peaks, reports, seconds = ours(folder, shape, rows, tokens, ranks, is_checkpointed, plan, precision)
+    state = bytes_per_parameter(plan, precision, ranks) * sum(sizes) / MIB
+    units = (2 if precision == "bf16" else 4) * sum(sorted(sizes)[-2:]) / ranks / MIB if plan == "zero3" else 0
     title = f"{name}, {ranks} ranks, checkpointing {'on' if is_checkpointed else 'off'}"
+    if (plan, precision) != ("zero3", "bf16"):
+        title += f", {plan} in {precision}"
     print(f"{title}: state {state:.0f} MiB + two units {units:.0f} + "
           f"partial sums + activations; {seconds:.2f} s a step")
     deviations = []
@@ -176,7 +187,7 @@ def compare(folder, case, idle, figures):
     print(f"     {reports[0]}", flush=True)
     figures.add(f"{title}, largest deviation of a rank's peak from the formula", "", [[max(map(abs, deviations))]], aim=BAR,
                 more_is_better=False)
-    if len(idle) == 1:
+    if len(idle) == 1 or (plan, precision) != ("zero3", "bf16"):
         return
     theirs, their_seconds = fsdp(folder, shape, rows, tokens, ranks, is_checkpointed)
     print(f"     FSDP2: measured {', '.join(f'{peak - idle[1]:.0f}' for peak in theirs)} MiB, {their_seconds:.2f} s a step")
@@ -191,6 +202,8 @@ def main():
         return
     parser = argparse.ArgumentParser()
     parser.add_argument("only", nargs="*", help="124M, 0.5B; numbers of ranks, 2, 4; checkpointing, off, on")
+    parser.add_argument("--plans", default="zero3", type=lambda plans: plans.split(","))
+    parser.add_argument("--precisions", default="bf16", type=lambda precisions: precisions.split(","))
     parser.add_argument("--without-fsdp", action="store_true")
     results.add_json_option(parser)
     options = parser.parse_args()
@@ -205,13 +218,13 @@ def main():
         folder = pathlib.Path(temporary)
         write_inputs(folder)
         for ranks in counts:
-            idle = [min(ours(folder, NOTHING, 1, 512, ranks, False)[0])]
+            idle = [min(ours(folder, NOTHING, 1, 512, ranks, False, "zero3", "bf16")[0])]
             if not options.without_fsdp:
                 idle.append(min(fsdp(folder, NOTHING, 1, 8, ranks, False)[0]))
             print(f"{ranks} ranks: idle {' and of FSDP2 '.join(f'{peak:.0f}' for peak in idle)} MiB", flush=True)
-            for name in names:
+            for name, plan, precision in itertools.product(names, options.plans, options.precisions):
                 for is_checkpointed in sorted(set(CASES[name][-1]) & set(modes)):
-                    compare(folder, (name, ranks, is_checkpointed), idle, figures)
+                    compare(folder, (name, ranks, is_checkpointed, plan, precision), idle, figures)
     figures.finish()
 
 

@@ -1,8 +1,9 @@
-"""Time from starting to the end of the first optimizer step, beside the Hugging Face Trainer.
+"""Time from starting to the end of the first optimizer step, and memory at that point, beside the Hugging Face Trainer.
 Run with: scripts/parity --python benchmarks/startup.py [REPEATS] [--json FILE]
 
 MiniLM with a new head, SST-2, 32 sentences a step, fp32, one and two processes; repeats are interleaved and the ratio is that of
-medians. Both sides print a line at the end of the step, and this script takes the time when it reads the line.
+medians. Both sides print a line at the end of the step, and this script takes the time when it reads the line, and then the resident
+set of the largest of all processes that the command has started.
 The Trainer's side gets the fastest set-up there is: the model from local files, sentences tokenized on demand, no CUDA
 libraries to load.
 """
@@ -16,24 +17,37 @@ import tempfile
 import time
 
 import common
+import psutil
 import results
 
-GOAL = 10  # times faster
+GOAL, MEMORY_GOAL = 10, 0.25  # times faster; of the peer's resident set
+
+
+def largest_resident_set(pid):
+    """MiB of the largest process of the tree."""
+    root, sizes = psutil.Process(pid), []
+    for process in [root, *root.children(recursive=True)]:
+        try:
+            sizes.append(process.memory_info().rss / 2**20)
+        except psutil.NoSuchProcess:
+            pass  # it has ended since it was listed
+    return max(sizes)
 
 
 def first_step(command, marker):
-    """Seconds from start until a line with `marker` appears on standard error."""
+    """Seconds from start until a line with `marker` appears on standard error, and MiB resident then."""
     start = time.monotonic()
     process = subprocess.Popen(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True)
-    seconds, lines = None, []
+    seconds, mebibytes, lines = None, None, []
     for line in process.stderr:
         lines.append(line)
         if marker in line and seconds is None:
             seconds = time.monotonic() - start
+            mebibytes = largest_resident_set(process.pid)
     if process.wait() != 0 or seconds is None:
         sys.exit(f"exit code {process.returncode} of: {' '.join(map(str, command))}\n{''.join(lines)[-3000:]}")
-    return seconds
+    return seconds, mebibytes
 
 
 def ours(ranks, folder):
@@ -87,17 +101,19 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         for ranks in (1, 2):
-            times = {"shardtune": [], "transformers": []}
-            for repeat in range(repeats + 1):
-                pair = {"shardtune": first_step(ours(ranks, folder), "step 1/1"),
-                        "transformers": first_step(theirs(ranks, folder), "first step done")}
-                for side, seconds in pair.items():
-                    times[side] += [seconds] if repeat else []
-            for side, values in times.items():
-                print(f"     {ranks} ranks, {side}: median {statistics.median(values):.2f} ({' '.join(f'{v:.2f}' for v in values)})")
-            ours_and_theirs = [[[seconds] for seconds in values] for values in times.values()]
-            figures.add(f"MiniLM, first step done, {ranks} ranks", "s", ours_and_theirs[0], peer=ours_and_theirs[1],
-                        beside="transformers' Trainer", is_times_as_fast=True, aim=GOAL)
+            measured = {"shardtune": [], "transformers": []}
+            for _ in range(repeats + 1):
+                measured["shardtune"].append(first_step(ours(ranks, folder), "step 1/1"))
+                measured["transformers"].append(first_step(theirs(ranks, folder), "first step done"))
+            times, sizes = [[[[pair[which]] for pair in pairs[1:]] for pairs in measured.values()] for which in (0, 1)]
+            for side, seconds, mebibytes in zip(measured, map(results.flat, times), map(results.flat, sizes)):
+                print(f"     {ranks} ranks, {side}: median {statistics.median(seconds):.2f} ({' '.join(f'{v:.2f}' for v in seconds)}) s, "
+                      f"{statistics.median(mebibytes):.0f} MiB")
+            beside = "transformers' Trainer"
+            figures.add(f"MiniLM, first step done, {ranks} ranks", "s", times[0], peer=times[1], beside=beside, is_times_as_fast=True,
+                        aim=GOAL)
+            figures.add(f"MiniLM, resident then, {ranks} ranks", "MiB", sizes[0], peer=sizes[1], beside=beside, aim=MEMORY_GOAL,
+                        more_is_better=False)
     figures.finish()
 
 

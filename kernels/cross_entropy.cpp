@@ -12,8 +12,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "core/error.hpp"
-#include "kernels/bf16_gemm.hpp"
 #include "kernels/element_type.hpp"
+#include "kernels/matrix_product.hpp"
 #include "kernels/simd.hpp"
 
 namespace shardtune {
@@ -24,7 +24,6 @@ using simd::kLanes;
 
 constexpr std::int64_t kChunkBytes = std::int64_t{128} << 20;  // of logits; each chunk reads and writes the whole weight gradient
 constexpr std::int64_t kMaxChunkRows = 1024;
-constexpr std::int64_t kWeightBlockRows = 4096;  // bounds the bf16 temporary of the weight gradient
 
 struct HeadOptionsHolder : torch::CustomClassHolder {
   explicit HeadOptionsHolder(HeadOptions given) : options(std::move(given)) {}
@@ -94,23 +93,6 @@ double softmax_rows(at::Tensor& logits, const std::int64_t* labels, const float*
   return sum;
 }
 
-// d weight += d logits^T hidden, in fp32.
-void accumulate_weight_grad(const at::Tensor& d_logits, const at::Tensor& hidden, at::Tensor& weight_grad) {
-  if (hidden.scalar_type() == at::kFloat) {
-    weight_grad.addmm_(d_logits.t(), hidden);
-    return;
-  }
-  if (takes_bf16_products(d_logits)) return bf16_gemm_add(d_logits.t(), hidden, weight_grad);
-  for (std::int64_t v = 0; v < weight_grad.size(0); v += kWeightBlockRows) {
-    const std::int64_t end = std::min(weight_grad.size(0), v + kWeightBlockRows);
-    weight_grad.slice(0, v, end).add_(at::mm(d_logits.slice(1, v, end).t(), hidden));
-  }
-}
-
-at::Tensor product(const at::Tensor& left, const at::Tensor& right) {
-  return takes_bf16_products(left) ? bf16_gemm(left, right) : at::mm(left, right);
-}
-
 struct HeadResult {
   double loss = 0;
   at::Tensor hidden_grad, weight_grad;
@@ -136,13 +118,13 @@ HeadResult run_head(const HeadInputs& in, const HeadOptions& options) {
   for (std::int64_t begin = 0; begin < rows.numel(); begin += chunk) {
     const at::Tensor chunk_rows = rows.slice(0, begin, std::min(rows.numel(), begin + chunk));
     const at::Tensor hidden = in.hidden.index_select(0, chunk_rows);
-    at::Tensor logits = product(hidden, in.weight.t());
+    at::Tensor logits = matrix_product(hidden, in.weight.t());
     const auto* label = labels.const_data_ptr<std::int64_t>() + begin;
     with_element_type(logits.scalar_type(), [&](auto element) {
       result.loss += softmax_rows<decltype(element)>(logits, label, wants_grad ? &scale : nullptr);
     });
-    if (in.wants_hidden_grad) result.hidden_grad.index_copy_(0, chunk_rows, product(logits, in.weight));
-    if (in.wants_weight_grad) accumulate_weight_grad(logits, hidden, result.weight_grad);
+    if (in.wants_hidden_grad) result.hidden_grad.index_copy_(0, chunk_rows, matrix_product(logits, in.weight));
+    if (in.wants_weight_grad) matrix_product_add(logits.t(), hidden, result.weight_grad);
   }
   return result;
 }

@@ -27,7 +27,8 @@ struct HeadOptions {
 // [T, V] logits never exist. The gradients are made in the forward pass (recipe: Liger kernel's fused linear
 // cross-entropy, Hsu et al. 2024) and are all that is saved: d hidden [T, D] and d weight [V, D] in fp32. Without
 // gradient mode, or where neither input wants one, only the loss is computed. In bf16 logits are rounded to bf16, as in
-// transformers; the products that make d weight are rounded to bf16 only where the processor has no bf16 products. The matrix products are ATen's: repeatable, but their bits may depend on the number of threads.
+// transformers; the products that make d weight are rounded to bf16 only where the processor has no bf16 products
+// (matrix_product.hpp). The bits do not depend on the number of threads.
 at::Tensor linear_cross_entropy_sum(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& labels,
                                     const HeadOptions& options);
 at::Tensor linear_cross_entropy_sum_reference(const at::Tensor& hidden, const at::Tensor& weight,

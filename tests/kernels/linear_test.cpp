@@ -57,10 +57,10 @@ TEST(Linear, WeightsStoredTransposedGetTheirGradientInTheirLayout) {
     return gradients(apply_linear(given_x, is_transposed ? w.t() : w), seed, {w})[0];
   };
   EXPECT_TRUE(weight_gradient(true).is_contiguous());
-  // ATen's products may add in another order in the other layout, and with other threads; their values are tested above.
+  expect_same_bits_for_any_thread_count([&] { return std::vector<at::Tensor>{weight_gradient(true)}; }, "dw");
+  // ATen's products may add in another order in the other layout; their values are tested above.
   if (instruction_set() < InstructionSet::avx512_bf16) return;
   expect_same_bits(weight_gradient(true), weight_gradient(false).t(), "dw");
-  expect_same_bits_for_any_thread_count([&] { return std::vector<at::Tensor>{weight_gradient(true)}; }, "dw");
 }
 
 TEST(Linear, BiasGradientOfBf16IsSummedInFp32) {
@@ -78,6 +78,24 @@ TEST(Linear, BackwardReadsTheWeightOfThatMoment) {
   w.variable_data().mul_(2);
   expect_within(gradients(y, seed, {x})[0], at::mm(exact(seed), exact(w)),
                 8 * kUnit * at::mm(magnitude(seed), magnitude(w)), "dx");
+}
+
+// Long sums are what a library shares among threads: over inputs (y), outputs (dx), tokens (dw).
+TEST(Linear, TheNumberOfThreadsDoesNotChangeABit) {
+  for (const LinearCase& c :
+       {LinearCase{3000, 100, 90, true}, {2100, 768, 8, false}, {50, 2600, 70, true}, {70, 30, 2500, true}})
+    for (const at::ScalarType dtype : kDtypes)
+      expect_same_bits_for_any_thread_count(
+          [&] {
+            const at::Tensor x = leaf(random_tensor(1, {c.tokens, c.in}, dtype)),
+                             w = leaf(random_tensor(2, {c.out, c.in}, dtype));
+            const at::Tensor b = leaf(random_tensor(3, {c.out}, dtype)),
+                             y = apply_linear(x, w, c.has_bias ? b : at::Tensor());
+            auto all = gradients(y, random_tensor(4, {c.tokens, c.out}, dtype), {x, w});
+            all.push_back(y);
+            return all;
+          },
+          fmt::format("[{}, {}] -> {} {}", c.tokens, c.in, c.out, unit_of(dtype)));
 }
 
 TEST(Linear, RepeatedRunsGiveTheSameBits) {

@@ -1,0 +1,103 @@
+#include "kernels/matrix_product.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+#include <string_view>
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include "kernels/bf16_gemm.hpp"
+
+// MKL's own (mkl_service.h, which LibTorch does not bring along); absent from a LibTorch without MKL.
+extern "C" int MKL_Set_Num_Threads_Local(int num_threads) __attribute__((weak));
+
+namespace shardtune {
+namespace {
+
+constexpr std::int64_t kMostBlocks = 16, kLeastSize = 64, kMultiple = 16;
+
+// Whether ATen's own way with threads will do: MKL reads the same variable.
+bool keeps_order_of_sums(const at::Tensor& left) {
+  static const bool is_strict = [] {
+    const char* mode = std::getenv("MKL_CBWR");
+    return mode != nullptr && std::string_view(mode).find("STRICT") != std::string_view::npos;
+  }();
+  return !left.is_cpu() || (is_strict && left.scalar_type() == at::kFloat);
+}
+
+// While it lives, products of this thread are computed, and their sums cut, as on one thread: LibTorch has MKL count on
+// all its threads within parallel regions, too.
+class OneThread {
+ public:
+  OneThread() {
+    if (MKL_Set_Num_Threads_Local != nullptr) before_ = MKL_Set_Num_Threads_Local(1);
+  }
+  ~OneThread() {
+    if (MKL_Set_Num_Threads_Local != nullptr) MKL_Set_Num_Threads_Local(before_);
+  }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+struct Operands {
+  at::Tensor left, right, into;
+  std::int64_t first_column;
+};
+
+// Calls visit for blocks of the result, on several threads. Cut along the longer side, so that the operand which every
+// block reads as a whole is the smaller one.
+template <class Visit>
+void for_each_block(const at::Tensor& left, const at::Tensor& right, const at::Tensor& into, Visit visit) {
+  const std::int64_t rows = into.size(0), columns = into.size(1), size = std::max(rows, columns);
+  const std::int64_t wanted = (size + kMostBlocks - 1) / kMostBlocks;
+  const std::int64_t block = std::max(kLeastSize, (wanted + kMultiple - 1) / kMultiple * kMultiple);
+  at::parallel_for(0, (size + block - 1) / block, 1, [&](std::int64_t begin, std::int64_t end) {
+    const at::NoGradGuard no_grad;  // each thread has a mode of its own
+    const OneThread one_thread;
+    for (std::int64_t first = begin * block; first < std::min(end * block, size); first += block) {
+      const std::int64_t count = std::min(block, size - first);
+      if (rows >= columns) {
+        visit(Operands{left.narrow(0, first, count), right, into.narrow(0, first, count), 0});
+      } else {
+        visit(Operands{left, right.narrow(1, first, count), into.narrow(1, first, count), first});
+      }
+    }
+  });
+}
+
+}  // namespace
+
+at::Tensor matrix_product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias) {
+  if (takes_bf16_products(left)) return bf16_gemm(left, right, bias);
+  if (keeps_order_of_sums(left)) return bias.defined() ? at::addmm(bias, left, right) : at::mm(left, right);
+  at::Tensor result = at::empty({left.size(0), right.size(1)}, left.options());
+  for_each_block(left, right, result, [&](Operands block) {
+    if (bias.defined()) {
+      at::addmm_out(block.into, bias.narrow(0, block.first_column, block.into.size(1)), block.left, block.right);
+    } else {
+      at::mm_out(block.into, block.left, block.right);
+    }
+  });
+  return result;
+}
+
+void matrix_product_add(const at::Tensor& left, const at::Tensor& right, at::Tensor& into) {
+  if (takes_bf16_products(left)) return bf16_gemm_add(left, right, into);
+  if (left.scalar_type() == at::kFloat && keeps_order_of_sums(left)) {
+    into.addmm_(left, right);
+    return;
+  }
+  for_each_block(left, right, into, [](Operands block) {
+    if (block.left.scalar_type() == at::kFloat) {
+      block.into.addmm_(block.left, block.right);
+    } else {
+      block.into.add_(at::mm(block.left, block.right));
+    }
+  });
+}
+
+}  // namespace shardtune

@@ -1,0 +1,19 @@
+#pragma once
+// The matrix products of every operator but attention. Their bits do not depend on the number of threads: bf16 on a
+// processor with bf16 products by bf16_gemm.hpp; fp32 by MKL where it is told to keep the order of its sums (its strict
+// mode, which launcher/front.cpp asks for on Intel's processors). Everything else is cut into blocks by the size of the
+// result alone, and ATen computes each on one thread; were it to share a product among threads, it would cut long sums
+// (K of 1000 and more) by their number. Blocks take up to a quarter longer, most for small products.
+#include <ATen/core/Tensor.h>
+
+namespace shardtune {
+
+// left [M, K] and right [K, N] of one floating dtype, either dimension of each may be the dense one (x, x.t()) -> [M,
+// N]. bias [N] or undefined: added to every row. No autograd.
+at::Tensor matrix_product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias = {});
+
+// into [M, N] += left right, fp32 with dense rows. 16-bit products are rounded to 16 bits before they are added, except
+// on a processor with bf16 products.
+void matrix_product_add(const at::Tensor& left, const at::Tensor& right, at::Tensor& into);
+
+}  // namespace shardtune
