@@ -63,8 +63,9 @@ CASES = {
     "collectives": Case(about="collectives beside Open MPI and gloo", program="benchmark_collectives", parse=tables.collectives,
                         driver=(python("collectives", "run"),), arguments=("--max_mib=32",), quick=("all_reduce", "--max_mib=1"),
                         repeats=(5, 3), minutes=(30, 5), variables=(("RANKS", "2"),), least_cores=2),
-    "kernels": Case(about="operators and matrix products beside ATen", program="benchmark_kernels", parse=tables.kernels,
-                    arguments=("1",), quick=("0.2",), repeats=(5, 3), minutes=(20, 10), variables=MALLOC),
+    "kernels": Case(about="operators and matrix products beside ATen and beside the peak", program="benchmark_kernels",
+                    driver=(sys.executable, python("kernels", "compare.py")), arguments=("{build}/benchmark_kernels",),
+                    quick=("{build}/benchmark_kernels", "--repeats", "3", "--seconds", "0.05"), minutes=(60, 30)),
     "optimizer": Case(about="optimizer steps beside the memory's bandwidth", program="benchmark_optimizer", parse=tables.optimizer,
                       arguments=("64",), quick=("64",), repeats=(5, 3), minutes=(5, 5), variables=MALLOC),
 }

@@ -1,15 +1,17 @@
 """The machine under measurement: what kind it is, what it can do in this minute, and whether it has anything else to do."""
-import ctypes
 import os
 import pathlib
 import resource
 import subprocess
-import threading
 import time
+
+import peaks
 
 FLAGS = ("avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile")  # that matter
 MIB = 1 << 20
-PROGRAM_MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # what launcher/front.cpp sets: for programs started without it
+# What launcher/front.cpp sets: for programs started without it.
+PROGRAM_MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+PROGRAM = PROGRAM_MALLOC | {"OMP_WAIT_POLICY": "passive"}
 # Idle: at most this much of a core per core of load before the first case, and this share of the time of our cores taken by
 # others, or by other machines on the same host (steal), while nothing or only a driver of ours runs.
 MOST_LOAD, MOST_OTHERS, MOST_STOLEN = 0.5, 0.05, 0.02
@@ -45,27 +47,6 @@ def describe():
     return {"type": f"{instruction_set(flags)}-{len(cores())}", "cores": len(cores()), "flags": flags, "huge_pages": pages}
 
 
-def copy_rate(num_bytes=64 * MIB, rounds=5):
-    """GB/s that all cores together copy from memory to memory, each byte counted once; the best of `rounds`."""
-    def copy(number):
-        barrier.wait()
-        starts[number] = time.perf_counter()
-        ctypes.memmove(buffers[number][0], buffers[number][1], num_bytes)  # lets other threads run
-        ends[number] = time.perf_counter()
-
-    num_threads, best = len(cores()), 0
-    buffers = [(ctypes.create_string_buffer(b"\1" * num_bytes), ctypes.create_string_buffer(b"\2" * num_bytes)) for _ in range(num_threads)]
-    starts, ends, barrier = [0] * num_threads, [0] * num_threads, threading.Barrier(num_threads)
-    for _ in range(rounds):
-        threads = [threading.Thread(target=copy, args=(number,)) for number in range(num_threads)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        best = max(best, num_threads * num_bytes / (max(ends) - min(starts)) / 1e9)
-    return best
-
-
 def disk_rates(folder, mebibytes):
     """MB/s of direct writes (until they are durable) and direct reads in the folder; OSError where its file system has none."""
     target, rates = pathlib.Path(folder) / "dd", []
@@ -81,9 +62,18 @@ def disk_rates(folder, mebibytes):
     return rates
 
 
-def limits(folder, mebibytes):
-    """This minute's; without the disk's where it cannot be asked, and then why."""
-    found = {"copy_gigabytes_per_second": round(copy_rate(), 2)}
+def peaks_of(build):
+    """As peaks.measure(), in this minute; None where the build folder has no benchmark_kernels."""
+    program = pathlib.Path(build) / "benchmark_kernels"
+    return peaks.measure(program, dict(os.environ) | PROGRAM) if os.access(program, os.X_OK) else None
+
+
+def limits(folder, mebibytes, build):
+    """This minute's: the cores' where their program is built, the disk's where it can be asked, else why not."""
+    found, measured = {}, peaks_of(build)
+    if measured is not None:
+        found = {"register_gigaflops": {unit: round(rate, 1) for unit, rate in measured["registers"].items()},
+                 "memory_gigabytes_per_second": round(measured["memory"], 2)}
     try:
         write, read = disk_rates(folder, mebibytes)
         found |= {"write_megabytes_per_second": round(write), "read_megabytes_per_second": round(read)}

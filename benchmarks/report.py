@@ -44,13 +44,15 @@ def figures_table(figures):
 
 
 def why_lost(figure):
-    """None for a figure that reaches its aim and its peer."""
-    if figure.has_missed:
-        return "aim missed"
-    if not figure.is_behind:
+    """None for a figure that reaches its aim and its peer; one whose best repeat does so is within the spread."""
+    if not figure.has_missed and not figure.is_behind:
         return None
-    reaches_one = figure.ratio_high >= 1 if figure.more_is_better else figure.ratio_low <= 1
-    return "behind its peer" + (", within the spread" if reaches_one else "") + (", aim met" if figure.aim is not None else "")
+    bar = figure.aim if figure.has_missed else 1
+    low, high = (figure.low, figure.high) if figure.ratio is None else (figure.ratio_low, figure.ratio_high)
+    within = ", within the spread" if (high >= bar if figure.more_is_better else low <= bar) else ""
+    if figure.has_missed:
+        return "aim missed" + within
+    return "behind its peer" + within + (", aim met" if figure.aim is not None else "")
 
 
 def lost_section(found):
@@ -64,7 +66,9 @@ def lost_section(found):
 
 
 def limits_text(limits):
-    parts = [f"all cores copy {limits['copy_gigabytes_per_second']} GB/s" if "copy_gigabytes_per_second" in limits else "",
+    registers = ", ".join(f"{unit} {rate:.0f}" for unit, rate in limits.get("register_gigaflops", {}).items())
+    parts = [f"all cores multiply in registers {registers} GFLOP/s" if registers else "",
+             f"read and write {limits['memory_gigabytes_per_second']} GB/s of memory" if "memory_gigabytes_per_second" in limits else "",
              f"direct writes {limits['write_megabytes_per_second']} and reads {limits['read_megabytes_per_second']} MB/s"
              if "write_megabytes_per_second" in limits and "read_megabytes_per_second" in limits else ""]
     return ", ".join(filter(None, parts)) or "not measured"

@@ -199,9 +199,13 @@ class Figures:
 
     def add(self, name, unit, own, **more):
         """As make_figure(), which see."""
-        figure = make_figure(self.case, name, unit, own, **more)
-        self.all.append(figure)
-        print(verdict_line(figure), flush=True)
+        self.include([make_figure(self.case, name, unit, own, **more)])
+
+    def include(self, figures):
+        """Ready ones."""
+        for figure in figures:
+            self.all.append(figure)
+            print(verdict_line(figure), flush=True)
 
     def finish(self):
         if self.file is not None:

@@ -1,9 +1,15 @@
-"""Figures out of what the C++ benchmarks print, one function a program; README.md beside each says what it measures."""
+"""Figures out of what the C++ benchmarks print or write, one function a program; README.md beside each says what it measures."""
 import re
 
+import google_benchmark
+import peaks
 from results import Problem, make_figure
 
 OVERLAP_SHARE = 0.10  # of the communication may show
+# Products reach at least this share of the peak. Attention of GPT-2's shape reaches at least this many GFLOP/s on two cores with
+# avx512_bf16, where the peak of the registers was measured at ATTENTION_PEAK; elsewhere the same share of the peak.
+PRODUCT_SHARE, ATTENTION_RATE, ATTENTION_PEAK = 0.9, 300, 469
+WITH_PEAKS = ("linear/", "attention/4x1024/12x64/causal/bf16/")  # what is compared with the peaks as well
 
 
 def cells(line):
@@ -29,21 +35,41 @@ def found(case, figures):
     return figures
 
 
-def kernels(output):
-    """| operator | forward, own | ATen | times | both, own | ATen | times |, and | tokens x in x out | y, own | ATen | dx ... |"""
-    figures = []
-    for line in output.splitlines():
-        row = cells(line)
-        if not line.startswith("|") or len(row) != 7 or row[0] in ("operator", "tokens x in x out") or row[0].startswith("---"):
+def kernels(record):
+    """What Google Benchmark writes about names FAMILY/SIZES/DTYPE/PASS/{own,aten} and peak/UNIT/{registers,l1}."""
+    rates, figures = google_benchmark.rates(record), []
+    units = {name.split("/")[1] for name in rates if name.startswith("peak/")}
+    for name, (kind, own) in rates.items():
+        base, _, side = name.rpartition("/")
+        if name.startswith("peak/") or side != "own":
             continue
-        is_product = re.fullmatch(r"\d+ x \d+ x \d+", row[0])
-        groups = {"y": 1, "dx": 3, "dW": 5} if is_product else {"forward": 1, "forward and backward": 4}
-        for what, at in groups.items():
-            own, aten = (number("kernels", line, text) for text in row[at:at + 2])
-            name = f"bf16 product {row[0]}, {what}" if is_product else f"{row[0]}, {what}"
-            figures.append(make_figure("kernels", name, "GFLOP/s" if is_product else "ms", [[own]], peer=[[aten]], beside="ATen",
-                                       is_times_as_fast=not is_product))
+        if len(rates.get(base + "/aten", ("", []))[1]) != len(own):
+            raise Problem(f"kernels: {base}: not as many results of ATen as of the own kernel: run both with the same filter")
+        unit = "GFLOP/s" if kind == "FLOP/s" else "GB/s"
+        values = [[value / 1e9] for value in own]
+        figures.append(make_figure("kernels", base, unit, values, peer=per_repeat(rates, base + "/aten"), beside="ATen", aim=1))
+        peak = peaks.unit_of(base.split("/")[-2], units)
+        if kind == "FLOP/s" and peak is not None and base.startswith(WITH_PEAKS):
+            figures += beside_peaks(base, values, peak, rates, record)
     return found("kernels", figures)
+
+
+def per_repeat(rates, name):
+    return [[value / 1e9] for value in rates[name][1]]
+
+
+def beside_peaks(base, values, peak, rates, record):
+    """Shares of products, and of attention at GPT-2's shape."""
+    def share(where, beside, aim):
+        return make_figure("kernels", base, "GFLOP/s", values, peer=per_repeat(rates, f"peak/{peak}/{where}"), beside=beside, aim=aim)
+
+    registers, l1 = f"{peak} in registers", f"{peak} from the first-level cache"
+    if base.startswith("linear/"):
+        return [share("registers", registers, PRODUCT_SHARE), share("l1", l1, PRODUCT_SHARE)]
+    context = record.get("context", {})
+    if (context.get("instruction_set"), context.get("threads")) == ("avx512_bf16", "2"):
+        return [make_figure("kernels", f"{base}, alone", "GFLOP/s", values, aim=ATTENTION_RATE), share("registers", registers, None)]
+    return [share("registers", registers, ATTENTION_RATE / ATTENTION_PEAK)]
 
 
 def optimizer(output):
