@@ -36,9 +36,9 @@ def python(*path):
 
 
 CASES = {
-    "training": Case(about="whole cases beside the Hugging Face Trainer: tokens/s, memory, losses", program="shardtune",
-                     driver=(*PARITY, python("training.py")), arguments=("--repeats", "5", "--steps", "5"),
-                     quick=("--case", "minilm", "--repeats", "3", "--steps", "3"), minutes=(360, 30)),
+    "training": Case(about="whole cases beside the Hugging Face Trainer and TRL: tokens/s, memory, losses", program="shardtune",
+                     driver=(*PARITY, python("training.py")), arguments=("--repeats", "5"),
+                     quick=("--case", "minilm", "--repeats", "3", "--peers", "default,grouping"), minutes=(480, 30)),
     "startup": Case(about="seconds to the end of the first step, beside the Trainer", program="shardtune",
                     driver=(*PARITY, python("startup.py")), arguments=("5",), quick=("3",), minutes=(20, 10)),
     "memory": Case(about="peak of a rank beside the formula and beside FSDP2", program="shardtune",
