@@ -24,7 +24,8 @@ compile, 3 or, where lengths vary, a whole pass), then each row once. So all sid
 padding, which is checked. A step's time is the distance between the lines that both sides print when a step ends. tokens/s are
 those of each step or, where rows differ in length, of the pass. Each repeat runs shardtune and every peer once, in turn; the
 figure is the ratio of medians. `the best of the peers` is the one with the highest median, of a run with all of them. Peak memory
-is ru_maxrss of the process. Losses of all steps that both sides made are compared where dropout is off and the peer's steps are
+is ru_maxrss of the process. gpt2 also says which share of its step the products would take at the register peak of the machine
+(floor.py), where benchmark_kernels is built beside the program. Losses of all steps that both sides made are compared where dropout is off and the peer's steps are
 those of shardtune: grouping and packing put other rows into a step.
 """
 import argparse
@@ -40,6 +41,8 @@ import tempfile
 import time
 
 import common
+import floor
+import machine
 import results
 from training_cases import BEST, CASES, KEEP_MEMORY, PEERS, TOKENS, alpaca_text, best_peer, chosen_peers, rates, uncounted_steps
 
@@ -102,16 +105,17 @@ def timed(command, environment=None):
 
 
 def run_ours(case, folder, steps):
-    """{seconds and tokens (of each counted step), peak, losses (of each step)}."""
+    """{seconds and tokens (of each counted step), peak, losses (of each step), peaks (the machine's in this minute)}."""
+    peaks = machine.peaks_of(os.environ.get("SHARDTUNE_BUILD", pathlib.Path(common.BINARY).parent)) if case.floor is not None else None
     seconds, peak = timed(ours(case, folder, steps))
     rows = [row for row in common.read_rows(folder / "out" / "metrics.jsonl") if "loss" in row]
     totals = [row["tokens"] for row in rows]
-    return {"seconds": seconds, "peak": peak, "losses": [row["loss"] for row in rows],
+    return {"seconds": seconds, "peak": peak, "losses": [row["loss"] for row in rows], "peaks": peaks,
             "tokens": [after - before for before, after in zip(totals, totals[1:])]}
 
 
 def run_peer(name, case_name, folder, steps):
-    """As run_ours()."""
+    """As run_ours(), without the machine's peaks."""
     case, peer, output = CASES[case_name], PEERS[name], folder / "hf"
     output.mkdir(exist_ok=True)
     uncounted = uncounted_steps(case, peer, steps)
@@ -155,6 +159,8 @@ def compare(name, arguments, figures):
               f"{sum(counted)} tokens in {len(counted)} steps, peak {max(results.flat(peaks[side])):.0f} MiB, "
               f"last loss {losses[side][-1]:.4f}")
     own = speeds.pop("shardtune")
+    if case.floor is not None:
+        floor.add_share(figures, name, case.shape, TOKENS, own, [result["peaks"] for result in measured["shardtune"]], aim=case.floor)
     for peer in peers:
         beside = PEERS[peer].about
         figures.add(f"{name}, speed", "tokens/s", own, peer=speeds[peer], beside=beside, aim=case.aims.get(peer))
