@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <optional>
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "core/error.hpp"
 #include "core/rng.hpp"
 #include "kernels/element_type.hpp"
 #include "kernels/simd.hpp"
@@ -63,8 +66,11 @@ struct Masker {
   SHARDTUNE_INLINE void make(std::int64_t group, float* out) const {
     std::uint32_t words[4][16];
     philox_group(key, static_cast<std::uint64_t>(group) * 16, row, words);
-    for (int w = 0; w < 4; ++w)
-      for (int i = 0; i < 16; ++i) out[w * 16 + i] = words[w][i] < limit ? 0.0F : scale;
+    for (std::int64_t w = 0; w < 4; ++w) {  // written out as vectors: GCC makes branches of a loop over the lanes
+      simd::Word word;
+      std::memcpy(&word, words[w], sizeof word);
+      simd::store(out + w * simd::kLanes, word < limit ? simd::Float{} : simd::broadcast(scale));
+    }
   }
   // The same as bits.
   SHARDTUNE_INLINE std::uint64_t make_bits(std::int64_t group) const {
@@ -84,54 +90,58 @@ struct Masker {
 };
 
 template <class T>
-void apply_groups(const T* in, T* out, std::int64_t numel, const Masker& masker, std::int64_t begin, std::int64_t end) {
+struct Groups {
+  const T *x, *residual;  // residual: null = none
+  T* out;
+  std::int64_t numel;
+};
+
+template <class T>
+void apply_groups(const Groups<T>& io, const Masker& masker, std::int64_t begin, std::int64_t end) {
   simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
     float mask[kGroup];
     for (std::int64_t group = begin; group < end; ++group) {
       masker.make(group, mask);
-      const std::int64_t first = group * kGroup;
-      for (std::int64_t at = 0; at < std::min(kGroup, numel - first); at += simd::kLanes) {
-        const std::int64_t left = numel - first - at;
+      const std::int64_t first = group * kGroup, last = std::min(io.numel, first + kGroup);
+      for (std::int64_t at = first; at < last; at += simd::kLanes) {
         // A select, not a product: a dropped infinity is zero.
-        const simd::Float m = simd::load(mask + at);
-        if (left >= simd::kLanes) {
-          const simd::Float x = simd::load(in + first + at);
-          simd::store(out + first + at, m != 0.0F ? x * m : simd::Float{});
-        } else {
-          const simd::Float x = simd::load_some(in + first + at, left, 0.0F);
-          simd::store_some(out + first + at, m != 0.0F ? x * m : simd::Float{}, left);
-        }
+        const simd::Float m = simd::load(mask + at - first), x = simd::load_at(io.x, at, io.numel);
+        const simd::Float y = m != 0.0F ? x * m : simd::Float{};
+        simd::store_at(io.out, at, io.numel,
+                       io.residual == nullptr ? y : simd::load_at(io.residual, at, io.numel) + simd::rounded_to<T>(y));
       }
     }
   });
 }
 
-at::Tensor masked(const at::Tensor& x, const DropoutSite& site) {
-  const at::Tensor in = x.contiguous();
-  at::Tensor out = at::empty_like(in);
+// residual: undefined = none
+at::Tensor masked(const at::Tensor& x_any, const at::Tensor& residual_any, const DropoutSite& site) {
+  const at::Tensor x = x_any.contiguous(), residual = residual_any.defined() ? residual_any.contiguous() : at::Tensor();
+  at::Tensor out = at::empty_like(x);
   const Masker masker(site, 0);
-  const std::int64_t numel = in.numel(), groups = (numel + kGroup - 1) / kGroup;
-  at::parallel_for(0, groups, 256, [&](std::int64_t begin, std::int64_t end) {
-    with_element_type(in.scalar_type(), [&](auto element) {
-      using T = decltype(element);
-      apply_groups(in.const_data_ptr<T>(), out.mutable_data_ptr<T>(), numel, masker, begin, end);
-    });
+  with_element_type(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const Groups<T> io{x.const_data_ptr<T>(), residual.defined() ? residual.const_data_ptr<T>() : nullptr,
+                       out.mutable_data_ptr<T>(), x.numel()};
+    at::parallel_for(0, (io.numel + kGroup - 1) / kGroup, 256,
+                     [&](std::int64_t begin, std::int64_t end) { apply_groups(io, masker, begin, end); });
   });
   return out;
 }
 
 struct Dropout : torch::autograd::Function<Dropout> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, double probability,
-                            std::int64_t key) {
-    ctx->saved_data["probability"] = probability;
-    ctx->saved_data["key"] = key;
-    return masked(x, {.probability = probability, .key = static_cast<std::uint64_t>(key)});
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
+                            const std::optional<at::Tensor>& residual, const DropoutSite& site) {
+    ctx->saved_data["has_residual"] = residual.has_value();
+    ctx->saved_data["probability"] = site.probability;
+    ctx->saved_data["key"] = static_cast<std::int64_t>(site.key);
+    return masked(x, residual.value_or(at::Tensor()), site);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
     const DropoutSite site{.probability = ctx->saved_data["probability"].toDouble(),
                            .key = static_cast<std::uint64_t>(ctx->saved_data["key"].toInt())};
-    return {masked(grads[0], site), {}, {}};
+    return {masked(grads[0], {}, site), ctx->saved_data["has_residual"].toBool() ? grads[0] : at::Tensor(), {}};
   }
 };
 
@@ -145,8 +155,13 @@ DropoutSite make_dropout_site(const ForwardContext& context, std::int64_t site, 
 }
 
 at::Tensor dropout(const at::Tensor& x, const DropoutSite& site) {
-  if (!site.is_active()) return x;
-  return Dropout::apply(x, site.probability, static_cast<std::int64_t>(site.key));
+  return site.is_active() ? Dropout::apply(x, std::nullopt, site) : x;
+}
+
+at::Tensor add_dropout(const at::Tensor& residual, const at::Tensor& x, const DropoutSite& site) {
+  check_internal(residual.sizes() == x.sizes() && residual.scalar_type() == x.scalar_type(),
+                 "add_dropout takes two tensors of one shape and dtype");
+  return site.is_active() ? Dropout::apply(x, std::optional(residual), site) : residual + x;
 }
 
 float dropout_multiplier(const DropoutSite& site, std::uint64_t row, std::uint64_t element) {
@@ -162,14 +177,21 @@ at::Tensor dropout_reference(const at::Tensor& x, const DropoutSite& site) {
   return (x.to(at::kFloat) * mask.view(x.sizes())).to(x.scalar_type());
 }
 
-void fill_dropout_row(const DropoutSite& site, std::uint64_t row, std::span<float> into) {
+void fill_dropout_row(const DropoutSite& site, std::uint64_t row, std::span<float> into, std::uint64_t first) {
   const Masker masker(site, row);
-  const auto size = static_cast<std::int64_t>(into.size());
+  const auto begin = static_cast<std::int64_t>(first), end = begin + static_cast<std::int64_t>(into.size());
   simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
-    for (std::int64_t group = 0; group * kGroup < size; ++group) {
-      float mask[kGroup];
-      masker.make(group, mask);
-      std::copy_n(mask, std::min(kGroup, size - group * kGroup), into.data() + group * kGroup);
+    for (std::int64_t at = begin; at < end;) {
+      const std::int64_t skipped = at % kGroup, count = std::min(kGroup - skipped, end - at);
+      float* out = into.data() + (at - begin);
+      if (count == kGroup) {
+        masker.make(at / kGroup, out);
+      } else {
+        float mask[kGroup];
+        masker.make(at / kGroup, mask);
+        std::copy_n(mask + skipped, count, out);
+      }
+      at += count;
     }
   });
 }

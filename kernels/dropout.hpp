@@ -29,8 +29,12 @@ DropoutSite make_dropout_site(const ForwardContext& context, std::int64_t site, 
 at::Tensor dropout(const at::Tensor& x, const DropoutSite& site);
 at::Tensor dropout_reference(const at::Tensor& x, const DropoutSite& site);
 
-// The multipliers m of elements [0, into.size()) of `row`.
-void fill_dropout_row(const DropoutSite& site, std::uint64_t row, std::span<float> into);
+// residual + dropout(x, site) in one pass, bit for bit: what dropout keeps is rounded to the dtype before it is added.
+// residual: of x's shape and dtype.
+at::Tensor add_dropout(const at::Tensor& residual, const at::Tensor& x, const DropoutSite& site);
+
+// The multipliers m of elements [first, first + into.size()) of `row`.
+void fill_dropout_row(const DropoutSite& site, std::uint64_t row, std::span<float> into, std::uint64_t first = 0);
 // The same as bits: bit i of word w is set where element 64 w + i is kept; a kept one's multiplier is dropout_keep_scale.
 void fill_dropout_bits(const DropoutSite& site, std::uint64_t row, std::span<std::uint64_t> into);
 float dropout_keep_scale(const DropoutSite& site);  // 1 / (1 - p); 0 for p = 1

@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
+#include <vector>
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "core/error.hpp"
 #include "kernels/element_type.hpp"
 #include "kernels/simd.hpp"
 
@@ -15,21 +18,11 @@ namespace {
 
 using simd::Float;
 using simd::kLanes;
+using simd::load_at;
+using simd::store_at;
 
 // Rows whose weight gradients are summed together; fixed, so that the bits do not depend on the number of threads.
 constexpr std::int64_t kRowBlock = 64;
-
-template <class T>
-SHARDTUNE_INLINE Float load_at(const T* row, std::int64_t at, std::int64_t width) {
-  return width - at >= kLanes ? simd::load(row + at) : simd::load_some(row + at, width - at, 0.0F);
-}
-template <class T>
-SHARDTUNE_INLINE void store_at(T* row, std::int64_t at, std::int64_t width, const Float& value) {
-  if (width - at >= kLanes)
-    simd::store(row + at, value);
-  else
-    simd::store_some(row + at, value, width - at);
-}
 
 std::int64_t num_row_blocks(std::int64_t tokens) { return (tokens + kRowBlock - 1) / kRowBlock; }
 
@@ -53,38 +46,38 @@ SHARDTUNE_INLINE double sum_row(std::int64_t width, const F& term) {
   return simd::sum_lanes((parts[0] + parts[1]) + (parts[2] + parts[3]));
 }
 
+struct NormForward {
+  at::Tensor x;             // the sum where there is one
+  at::Tensor weight, bias;  // without a bias it is RMS norm
+  double eps;
+  at::Tensor y, mean, rstd;  // RMS norm has no mean
+};
+
+struct NormBackward {
+  const at::Tensor &grad, &x, &weight, &mean, &rstd;
+  at::Tensor dx;
+  at::Tensor dw_blocks;  // [ceil(T / kRowBlock), D] fp32: of the weight; layer norm [.., 2 D], then of the bias
+};
+
 // --- RMS norm ----------------------------------------------------------------------------------------------------
 
 template <class T>
-void rms_rows(const at::Tensor& x, const at::Tensor& weight, double eps, at::Tensor& y, at::Tensor& rstd) {
-  const std::int64_t width = x.size(1);
-  const T *in = x.const_data_ptr<T>(), *w = weight.const_data_ptr<T>();
-  T* out = y.mutable_data_ptr<T>();
-  auto* scale = rstd.mutable_data_ptr<float>();
-  at::parallel_for(0, x.size(0), 16, [&](std::int64_t begin, std::int64_t end) {
-    simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
-      for (std::int64_t t = begin; t < end; ++t) {
-        const double squares = sum_row(width, [&](std::int64_t at) SHARDTUNE_VECTOR_BODY {
-          const Float value = load_at(in + t * width, at, width);
-          return value * value;
-        });
-        const auto inverse = static_cast<float>(1.0 / std::sqrt(squares / static_cast<double>(width) + eps));
-        scale[t] = inverse;
-        for (std::int64_t at = 0; at < width; at += kLanes)
-          store_at(out + t * width, at, width, load_at(in + t * width, at, width) * inverse * load_at(w, at, width));
-      }
-    });
+SHARDTUNE_INLINE void rms_row(const NormForward& io, std::int64_t t) {
+  const std::int64_t width = io.x.size(1);
+  const T *x = io.x.const_data_ptr<T>() + t * width, *w = io.weight.const_data_ptr<T>();
+  T* y = io.y.mutable_data_ptr<T>() + t * width;
+  const double squares = sum_row(width, [&](std::int64_t at) SHARDTUNE_VECTOR_BODY {
+    const Float value = load_at(x, at, width);
+    return value * value;
   });
+  const auto inverse = static_cast<float>(1.0 / std::sqrt(squares / static_cast<double>(width) + io.eps));
+  io.rstd.mutable_data_ptr<float>()[t] = inverse;
+  for (std::int64_t at = 0; at < width; at += kLanes)
+    store_at(y, at, width, load_at(x, at, width) * inverse * load_at(w, at, width));
 }
 
-struct RmsBackward {
-  const at::Tensor &grad, &x, &weight, &rstd;
-  at::Tensor& dx;
-  at::Tensor& dw_blocks;  // [ceil(T / kRowBlock), D] fp32
-};
-
 template <class T>
-SHARDTUNE_INLINE void rms_backward_row(const RmsBackward& io, std::int64_t t, float* dw) {
+SHARDTUNE_INLINE void rms_backward_row(const NormBackward& io, std::int64_t t, float* dw) {
   const std::int64_t width = io.x.size(1);
   const T *g = io.grad.const_data_ptr<T>() + t * width, *x = io.x.const_data_ptr<T>() + t * width;
   const T* w = io.weight.const_data_ptr<T>();
@@ -103,49 +96,11 @@ SHARDTUNE_INLINE void rms_backward_row(const RmsBackward& io, std::int64_t t, fl
   }
 }
 
-template <class T>
-void rms_backward(const RmsBackward& io) {
-  for_each_row_block(io.x.size(0), [&](std::int64_t block, std::int64_t first, std::int64_t last) {
-    float* dw = io.dw_blocks.mutable_data_ptr<float>() + block * io.dw_blocks.size(1);
-    simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
-      for (std::int64_t t = first; t < last; ++t) rms_backward_row<T>(io, t, dw);
-    });
-  });
-}
-
-struct RmsNorm : torch::autograd::Function<RmsNorm> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x_any, const at::Tensor& weight,
-                            double eps) {
-    const at::Tensor x = x_any.contiguous();
-    at::Tensor y = at::empty_like(x), rstd = at::empty({x.size(0)}, at::kFloat);
-    with_element_type(x.scalar_type(), [&](auto element) { rms_rows<decltype(element)>(x, weight, eps, y, rstd); });
-    ctx->save_for_backward({x, weight, rstd});
-    return y;
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 const torch::autograd::variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    const at::Tensor grad = grads[0].contiguous();
-    const at::Tensor &x = saved[0], &weight = saved[1], &rstd = saved[2];
-    at::Tensor dx = at::empty_like(x);
-    at::Tensor dw_blocks = at::zeros({num_row_blocks(x.size(0)), x.size(1)}, at::kFloat);
-    const RmsBackward io{grad, x, weight, rstd, dx, dw_blocks};
-    with_element_type(x.scalar_type(), [&](auto element) { rms_backward<decltype(element)>(io); });
-    return {dx, dw_blocks.sum(0), {}};
-  }
-};
-
 // --- layer norm --------------------------------------------------------------------------------------------------
-
-struct LayerForward {
-  const at::Tensor &x, &weight, &bias;
-  double eps;
-  at::Tensor &y, &mean, &rstd;
-};
 
 // Mean first, then the squares of what is left: no cancellation however large the mean.
 template <class T>
-SHARDTUNE_INLINE void layer_row(const LayerForward& io, std::int64_t t) {
+SHARDTUNE_INLINE void layer_row(const NormForward& io, std::int64_t t) {
   const std::int64_t width = io.x.size(1);
   const T *x = io.x.const_data_ptr<T>() + t * width, *w = io.weight.const_data_ptr<T>();
   const T* b = io.bias.const_data_ptr<T>();
@@ -166,22 +121,7 @@ SHARDTUNE_INLINE void layer_row(const LayerForward& io, std::int64_t t) {
 }
 
 template <class T>
-void layer_rows(const LayerForward& io) {
-  at::parallel_for(0, io.x.size(0), 16, [&](std::int64_t begin, std::int64_t end) {
-    simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
-      for (std::int64_t t = begin; t < end; ++t) layer_row<T>(io, t);
-    });
-  });
-}
-
-struct LayerBackward {
-  const at::Tensor &grad, &x, &weight, &mean, &rstd;
-  at::Tensor& dx;
-  at::Tensor& dw_blocks;  // [ceil(T / kRowBlock), 2 D] fp32: of the weight, then of the bias
-};
-
-template <class T>
-SHARDTUNE_INLINE void layer_backward_row(const LayerBackward& io, std::int64_t t, float* dw) {
+SHARDTUNE_INLINE void layer_backward_row(const NormBackward& io, std::int64_t t, float* dw) {
   const std::int64_t width = io.x.size(1);
   const T *g = io.grad.const_data_ptr<T>() + t * width, *x = io.x.const_data_ptr<T>() + t * width;
   const T* w = io.weight.const_data_ptr<T>();
@@ -205,44 +145,170 @@ SHARDTUNE_INLINE void layer_backward_row(const LayerBackward& io, std::int64_t t
   }
 }
 
+// --- the sum before the norm ---------------------------------------------------------------------------------------
+
+// The dropout multipliers of a row of the branch.
+class RowMask {
+ public:
+  RowMask(const DropoutSite& site, std::int64_t width)
+      : site_(site), mask_(static_cast<std::size_t>(site.is_active() ? width : 0)) {}
+  // Until the next call; null when off.
+  const float* of_row(std::int64_t t) {
+    if (mask_.empty()) return nullptr;
+    fill_dropout_row(site_, 0, mask_, static_cast<std::uint64_t>(t) * mask_.size());
+    return mask_.data();
+  }
+
+ private:
+  DropoutSite site_;
+  std::vector<float> mask_;
+};
+
+// As dropout() rounds and drops; mask: null = off.
 template <class T>
-void layer_backward(const LayerBackward& io) {
-  for_each_row_block(io.x.size(0), [&](std::int64_t block, std::int64_t first, std::int64_t last) {
-    float* dw = io.dw_blocks.mutable_data_ptr<float>() + block * io.dw_blocks.size(1);
+SHARDTUNE_INLINE Float masked(const Float& x, const float* mask, std::int64_t at, std::int64_t width) {
+  if (mask == nullptr) return x;
+  const Float m = load_at(mask, at, width);
+  return m != 0.0F ? simd::rounded_to<T>(x * m) : Float{};
+}
+
+template <class T>
+SHARDTUNE_INLINE void add_row(const ResidualAdd& add, const float* mask, const at::Tensor& sum, std::int64_t t) {
+  const std::int64_t width = sum.size(1), first = t * width;
+  const T *residual = add.residual.const_data_ptr<T>() + first, *branch = add.branch.const_data_ptr<T>() + first;
+  T* out = sum.mutable_data_ptr<T>() + first;
+  for (std::int64_t at = 0; at < width; at += kLanes)
+    store_at(out, at, width, load_at(residual, at, width) + masked<T>(load_at(branch, at, width), mask, at, width));
+}
+
+// Where the gradient goes on behind the norm.
+struct AddBackward {
+  at::Tensor sum_grad;  // of the sum as a result; undefined = none
+  at::Tensor dbranch;   // undefined = dx, where nothing is dropped
+  DropoutSite dropout;
+};
+
+template <class T>
+SHARDTUNE_INLINE void add_backward_row(const AddBackward& add, const float* mask, const at::Tensor& dx,
+                                       std::int64_t t) {
+  const std::int64_t width = dx.size(1), first = t * width;
+  T* total = dx.mutable_data_ptr<T>() + first;
+  if (add.sum_grad.defined()) {
+    const T* grad = add.sum_grad.const_data_ptr<T>() + first;
+    for (std::int64_t at = 0; at < width; at += kLanes)
+      store_at(total, at, width, load_at(total, at, width) + load_at(grad, at, width));
+  }
+  if (mask == nullptr) return;
+  T* dbranch = add.dbranch.mutable_data_ptr<T>() + first;
+  for (std::int64_t at = 0; at < width; at += kLanes)
+    store_at(dbranch, at, width, masked<T>(load_at(total, at, width), mask, at, width));
+}
+
+// --- rows and autograd -------------------------------------------------------------------------------------------
+
+// A row stays in the first-level cache from the sum to the normalised values.
+template <class T>
+void run_rows(const NormForward& io, const ResidualAdd& add) {
+  at::parallel_for(0, io.x.size(0), 16, [&](std::int64_t begin, std::int64_t end) {
+    RowMask mask(add.dropout, io.x.size(1));
     simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
-      for (std::int64_t t = first; t < last; ++t) layer_backward_row<T>(io, t, dw);
+      for (std::int64_t t = begin; t < end; ++t) {
+        if (add.branch.defined()) add_row<T>(add, mask.of_row(t), io.x, t);
+        if (io.bias.defined())
+          layer_row<T>(io, t);
+        else
+          rms_row<T>(io, t);
+      }
     });
   });
 }
 
-struct LayerNorm : torch::autograd::Function<LayerNorm> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x_any, const at::Tensor& weight,
-                            const at::Tensor& bias, double eps) {
+template <class T>
+void run_rows_backward(const NormBackward& io, const AddBackward& add) {
+  for_each_row_block(io.x.size(0), [&](std::int64_t block, std::int64_t first, std::int64_t last) {
+    float* dw = io.dw_blocks.mutable_data_ptr<float>() + block * io.dw_blocks.size(1);
+    RowMask mask(add.dropout, io.x.size(1));
+    simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
+      for (std::int64_t t = first; t < last; ++t) {
+        if (io.mean.defined())
+          layer_backward_row<T>(io, t, dw);
+        else
+          rms_backward_row<T>(io, t, dw);
+        add_backward_row<T>(add, mask.of_row(t), io.dx, t);
+      }
+    });
+  });
+}
+
+struct NormOptions {
+  double eps;
+  DropoutSite dropout = {};
+};
+
+// Results: y, and the sum where there is a branch to add to x.
+struct Norm : torch::autograd::Function<Norm> {
+  using Context = torch::autograd::AutogradContext;
+  using Tensors = torch::autograd::variable_list;
+  using Optional = std::optional<at::Tensor>;  // a Function takes no undefined tensor
+
+  static Tensors forward(Context* ctx, const at::Tensor& x_any, const Optional& branch, const at::Tensor& weight,
+                         const Optional& bias, const NormOptions& options) {
     const at::Tensor x = x_any.contiguous();
-    at::Tensor y = at::empty_like(x), mean = at::empty({x.size(0)}, at::kFloat), rstd = at::empty_like(mean);
-    const LayerForward io{x, weight, bias, eps, y, mean, rstd};
-    with_element_type(x.scalar_type(), [&](auto element) { layer_rows<decltype(element)>(io); });
-    ctx->save_for_backward({x, weight, mean, rstd});
-    return y;
+    const ResidualAdd add{x, branch ? branch->contiguous() : at::Tensor(), options.dropout};
+    const NormForward io{branch ? at::empty_like(x) : x,
+                         weight,
+                         bias.value_or(at::Tensor()),
+                         options.eps,
+                         at::empty_like(x),
+                         bias ? at::empty({x.size(0)}, at::kFloat) : at::Tensor(),
+                         at::empty({x.size(0)}, at::kFloat)};
+    with_element_type(x.scalar_type(), [&](auto element) { run_rows<decltype(element)>(io, add); });
+    ctx->save_for_backward({io.x, weight, io.mean, io.rstd});
+    ctx->saved_data["probability"] = options.dropout.probability;
+    ctx->saved_data["key"] = static_cast<std::int64_t>(options.dropout.key);
+    ctx->set_materialize_grads(false);  // the sum is often a result that nobody takes
+    return branch ? Tensors{io.y, io.x} : Tensors{io.y};
   }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 const torch::autograd::variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    const at::Tensor grad = grads[0].contiguous();
-    const at::Tensor &x = saved[0], &weight = saved[1];
-    at::Tensor dx = at::empty_like(x);
-    at::Tensor dw_blocks = at::zeros({num_row_blocks(x.size(0)), 2 * x.size(1)}, at::kFloat);
-    const LayerBackward io{grad, x, weight, saved[2], saved[3], dx, dw_blocks};
-    with_element_type(x.scalar_type(), [&](auto element) { layer_backward<decltype(element)>(io); });
-    const at::Tensor sums = dw_blocks.sum(0);
-    return {dx, sums.slice(0, 0, x.size(1)), sums.slice(0, x.size(1)), {}};
+
+  static Tensors backward(Context* ctx, const Tensors& grads) {
+    const Tensors saved = ctx->get_saved_variables();
+    const at::Tensor &x = saved[0], &mean = saved[2];
+    const at::Tensor grad = grads[0].defined() ? grads[0].contiguous() : at::zeros_like(x);
+    const bool has_branch = grads.size() > 1;
+    AddBackward add{has_branch && grads[1].defined() ? grads[1].contiguous() : at::Tensor(),
+                    {},
+                    {.probability = ctx->saved_data["probability"].toDouble(),
+                     .key = static_cast<std::uint64_t>(ctx->saved_data["key"].toInt())}};
+    if (add.dropout.is_active()) add.dbranch = at::empty_like(x);
+    const std::int64_t width = x.size(1), sums_width = mean.defined() ? 2 * width : width;
+    const NormBackward io{grad,
+                          x,
+                          saved[1],
+                          mean,
+                          saved[3],
+                          at::empty_like(x),
+                          at::zeros({num_row_blocks(x.size(0)), sums_width}, at::kFloat)};
+    with_element_type(x.scalar_type(), [&](auto element) { run_rows_backward<decltype(element)>(io, add); });
+    const at::Tensor sums = io.dw_blocks.sum(0);
+    Tensors result{io.dx, {}, sums.slice(0, 0, width), {}, {}};
+    if (has_branch) result[1] = add.dropout.is_active() ? add.dbranch : io.dx;
+    if (mean.defined()) result[3] = sums.slice(0, width);
+    return result;
   }
 };
+
+NormedSum run_sum(const ResidualAdd& add, const at::Tensor& weight, const Norm::Optional& bias, double eps) {
+  check_internal(add.residual.sizes() == add.branch.sizes() && add.residual.scalar_type() == add.branch.scalar_type(),
+                 "a residual and its branch must be of one shape and dtype");
+  const auto results =
+      Norm::apply(add.residual, Norm::Optional(add.branch), weight, bias, NormOptions{eps, add.dropout});
+  return {.normed = results[0], .sum = results[1]};
+}
 
 }  // namespace
 
 at::Tensor layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
-  return LayerNorm::apply(x, weight, bias, eps);
+  return Norm::apply(x, std::nullopt, weight, Norm::Optional(bias), NormOptions{.eps = eps})[0];
 }
 
 at::Tensor layer_norm_reference(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
@@ -253,12 +319,20 @@ at::Tensor layer_norm_reference(const at::Tensor& x, const at::Tensor& weight, c
 }
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
-  return RmsNorm::apply(x, weight, eps);
+  return Norm::apply(x, std::nullopt, weight, std::nullopt, NormOptions{.eps = eps})[0];
 }
 
 at::Tensor rms_norm_reference(const at::Tensor& x, const at::Tensor& weight, double eps) {
   const at::Tensor wide = x.scalar_type() == at::kDouble ? x : x.to(at::kFloat);
   return (wide * at::rsqrt(wide.square().mean(-1, true) + eps) * weight).to(x.scalar_type());
+}
+
+NormedSum add_layer_norm(const ResidualAdd& add, const at::Tensor& weight, const at::Tensor& bias, double eps) {
+  return run_sum(add, weight, bias, eps);
+}
+
+NormedSum add_rms_norm(const ResidualAdd& add, const at::Tensor& weight, double eps) {
+  return run_sum(add, weight, std::nullopt, eps);
 }
 
 }  // namespace shardtune

@@ -84,6 +84,14 @@ SHARDTUNE_INLINE void store(c10::Half* to, const Float& value) {
   std::memcpy(to, &half, sizeof half);
 }
 
+// What would be read back after a store as T.
+template <class T>
+SHARDTUNE_INLINE Float rounded_to(const Float& value) {
+  T lanes[kLanes];
+  store(lanes, value);
+  return load(lanes);
+}
+
 // Tails: the missing lanes are filled with `filler` and not written back.
 template <class T>
 SHARDTUNE_INLINE Float load_some(const T* from, std::int64_t count, float filler) {
@@ -97,6 +105,19 @@ SHARDTUNE_INLINE void store_some(T* to, const Float& value, std::int64_t count) 
   T lanes[kLanes];
   store(lanes, value);
   std::memcpy(to, lanes, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+// The vector at [at, at + kLanes) of `size` elements; lanes beyond them are 0 and not written.
+template <class T>
+SHARDTUNE_INLINE Float load_at(const T* from, std::int64_t at, std::int64_t size) {
+  return size - at >= kLanes ? load(from + at) : load_some(from + at, size - at, 0.0F);
+}
+template <class T>
+SHARDTUNE_INLINE void store_at(T* to, std::int64_t at, std::int64_t size, const Float& value) {
+  if (size - at >= kLanes)
+    store(to + at, value);
+  else
+    store_some(to + at, value, size - at);
 }
 
 }  // namespace shardtune::simd

@@ -62,6 +62,32 @@ void add_norms(at::ScalarType dtype) {
                 kTokens * kHidden, dtype, {2, 5});
 }
 
+// Where the output of a sublayer joins the residual stream.
+void add_residual_sums(at::ScalarType dtype) {
+  const std::string sizes = "/4096x768/" + name_of(dtype);
+  const auto two = [=] {
+    return Tensors{random_numbers({kTokens, kHidden}, dtype), random_numbers({kTokens, kHidden}, dtype)};
+  };
+  const auto with_weights = [=] {
+    return Tensors{random_numbers({kTokens, kHidden}, dtype), random_numbers({kTokens, kHidden}, dtype),
+                   random_numbers({kHidden}, dtype), random_numbers({kHidden}, dtype)};
+  };
+  for (const double p : {0.0, 0.1}) {
+    const auto own = [=](const Tensors& in) {
+      return add_layer_norm({in[0], in[1], {.probability = p, .key = 1}}, in[2], in[3], 1e-5).normed;
+    };
+    const auto aten = [=](const Tensors& in) {
+      return at::layer_norm(in[0] + at::dropout(in[1], p, p > 0), {kHidden}, in[2], in[3], 1e-5);
+    };
+    add_streaming({(p > 0 ? "residual_dropout_norm" : "residual_norm") + sizes, with_weights, own, aten},
+                  kTokens * kHidden, dtype, {3, p > 0 ? 8.0 : 7.0});
+  }
+  add_streaming({"residual_dropout" + sizes, two,
+                 [](const Tensors& in) { return add_dropout(in[0], in[1], {.probability = 0.1, .key = 1}); },
+                 [](const Tensors& in) { return in[0] + at::dropout(in[1], 0.1, true); }},
+                kTokens * kHidden, dtype, {3, 5});
+}
+
 void add_dropout_and_rope(at::ScalarType dtype) {
   constexpr std::int64_t head_size = kHidden / kHeads;
   add_streaming({"dropout/4096x768/" + name_of(dtype),
@@ -121,6 +147,7 @@ void add_operators() {
   for (const at::ScalarType dtype : {at::kBFloat16, at::kFloat}) {
     add_activations(dtype);
     add_norms(dtype);
+    add_residual_sums(dtype);
     add_dropout_and_rope(dtype);
     add_embedding(dtype);
     add_head(dtype);

@@ -1,6 +1,7 @@
 // Dropout: the mask's definition, its statistics, what it depends on and what it does not.
 #include "kernels/dropout.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <set>
@@ -10,7 +11,9 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include "core/error.hpp"
 #include "tests/kernels/support.hpp"
+#include "tests/support/error_of.hpp"
 
 namespace shardtune::testing {
 namespace {
@@ -60,6 +63,37 @@ TEST(Dropout, EqualsTheReferenceBitForBitForwardAndBackward) {
         EXPECT_TRUE(at::equal(y, dropout_reference(x, site))) << what;
         EXPECT_TRUE(at::equal(gradients(y, seed, {x})[0], dropout_reference(seed, site))) << what << " gradient";
       }
+}
+
+TEST(Dropout, AddedToAResidualItIsTheSameBitForBitForwardAndBackward) {
+  for (const std::vector<std::int64_t>& shape :
+       std::vector<std::vector<std::int64_t>>{{0}, {1}, {7, 33}, {2, 3, 171}, {40, 1003}})
+    for (const at::ScalarType dtype : kDtypes)
+      for (const double probability : {0.0, 0.3, 1.0}) {
+        const DropoutSite site{.probability = probability, .key = 8};
+        const auto compute = [&](bool is_fused) {
+          const at::Tensor residual = leaf(random_tensor(1, shape, dtype)), x = leaf(random_tensor(2, shape, dtype));
+          const at::Tensor y = is_fused ? add_dropout(residual, x, site) : residual + dropout(x, site);
+          std::vector<at::Tensor> all = gradients(y, random_tensor(3, shape, dtype), {residual, x});
+          all.push_back(y);
+          return all;
+        };
+        expect_same_bits(compute(true), compute(false), fmt::format("{} p {}", at::toString(dtype), probability));
+      }
+  const auto mismatched = [] { add_dropout(at::ones({3, 4}), at::ones({4}), {}); };
+  EXPECT_NE(testing_support::error_of(ErrorKind::internal, mismatched), "");
+}
+
+TEST(Dropout, AnyPartOfARowIsTheSameMask) {
+  const DropoutSite site{.probability = 0.3, .key = 77};
+  const std::vector<float> whole = mask_row(site, 9, 400);
+  for (const std::size_t first : {0U, 1U, 63U, 64U, 100U, 128U})
+    for (const std::size_t size : {0U, 1U, 27U, 64U, 65U, 200U}) {
+      std::vector<float> part(size);
+      fill_dropout_row(site, 9, part, first);
+      const auto begin = whole.begin() + static_cast<std::ptrdiff_t>(first);
+      EXPECT_TRUE(std::equal(part.begin(), part.end(), begin)) << first << " " << size;
+    }
 }
 
 TEST(Dropout, OneElementAtATimeIsTheSameMask) {

@@ -57,10 +57,14 @@ void add_kernels(Digest& digest, std::int64_t width, at::ScalarType dtype) {
   const at::Tensor w = input(3, {width}), b = input(4, {width});
   digest.add(layer_norm(x, w, b, 1e-12), {x, w, b});
   digest.add(rms_norm(y, w, 1e-6), {y});
+  const ResidualAdd add{input(5, {kTokens, width}), input(6, {kTokens, width}), {.probability = 0.2, .key = 5}};
+  for (const NormedSum& sum : {add_layer_norm(add, w, b, 1e-12), add_rms_norm(add, w, 1e-6)})
+    digest.add(sum.normed + sum.sum, {add.residual, add.branch});
   const at::Tensor gate = input(1, {kTokens, width}), up = input(2, {kTokens, width}),
                    dropped = input(3, {kTokens, width});
   digest.add(silu_and_mul(gate * 8, up), {gate, up});
   digest.add(dropout(dropped, {.probability = 0.3, .key = 4}), {dropped});
+  digest.add(add_dropout(add.residual, dropped, {.probability = 0.3, .key = 5}), {dropped});
   const at::Tensor ids = at::arange(kTokens, at::kLong).remainder(7), table = input(5, {7, width});
   digest.add(embedding_lookup(ids, table, 2), {table});
   const at::Tensor rotated = input(6, {kTokens, 2, 2 * width});

@@ -1,4 +1,5 @@
-// Layer norm and RMS norm: values and gradients against fp64, tails, sums in fp32, thread counts.
+// Layer norm and RMS norm, alone and of a residual's sum: values and gradients against fp64, tails, sums in fp32,
+// thread counts; the fused sum against what it is made of, bit for bit.
 #include "kernels/norm.hpp"
 
 #include <cmath>
@@ -7,8 +8,12 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
 
+#include "core/error.hpp"
+#include "kernels/dropout.hpp"
 #include "tests/kernels/support.hpp"
+#include "tests/support/error_of.hpp"
 
 namespace shardtune::testing {
 namespace {
@@ -155,6 +160,123 @@ TEST(Norm, ThreadCountChangesNoBit) {
       };
       expect_same_bits_for_any_thread_count(compute, to_text(c));
     }
+}
+
+// Which results of the fused sum the loss depends on.
+enum class Taken { both, normed, sum };
+
+struct SumInputs {
+  NormCase c;
+  NormInputs norm;  // x is the residual
+  at::Tensor branch, sum_seed;
+  DropoutSite site;
+  Taken taken = Taken::both;
+  SumInputs(const NormCase& norm_case, double probability)
+      : c(norm_case),
+        norm(norm_case),
+        branch(random_tensor(5, {c.tokens, c.width}, c.dtype)),
+        sum_seed(random_tensor(6, {c.tokens, c.width}, c.dtype)),
+        site{.probability = probability, .key = 31} {}
+};
+
+struct SumRun {
+  at::Tensor normed, sum, dresidual, dbranch, dw, db;
+  std::vector<at::Tensor> all() const {
+    std::vector<at::Tensor> tensors{normed, sum, dresidual, dbranch};
+    if (dw.defined()) tensors.push_back(dw);
+    if (db.defined()) tensors.push_back(db);
+    return tensors;
+  }
+};
+
+NormedSum apply_sum(const SumInputs& in, const ResidualAdd& add, const at::Tensor& w, const at::Tensor& b) {
+  return in.c.has_mean ? add_layer_norm(add, w, b, in.c.eps) : add_rms_norm(add, w, in.c.eps);
+}
+
+SumRun run_sum(const SumInputs& in, bool is_fused) {
+  const at::Tensor residual = leaf(in.norm.x), branch = leaf(in.branch), w = leaf(in.norm.w), b = leaf(in.norm.b);
+  NormedSum result;
+  if (is_fused) {
+    result = apply_sum(in, {residual, branch, in.site}, w, b);
+  } else {
+    result.sum = residual + dropout(branch, in.site);
+    result.normed = apply(in.c, result.sum, w, b, false);
+  }
+  std::vector<at::Tensor> outputs, seeds;
+  if (in.taken != Taken::sum) outputs.push_back(result.normed), seeds.push_back(in.norm.seed);
+  if (in.taken != Taken::normed) outputs.push_back(result.sum), seeds.push_back(in.sum_seed);
+  torch::autograd::backward(outputs, seeds);
+  SumRun run{result.normed, result.sum, residual.grad(), branch.grad(), {}, {}};
+  if (in.taken != Taken::sum) run.dw = w.grad();
+  if (in.taken != Taken::sum && in.c.has_mean) run.db = b.grad();
+  return run;
+}
+
+TEST(ResidualNorm, EqualsSumAndNormOneAfterTheOtherBitForBit) {
+  for (const NormCase& c : cases())
+    for (const double probability : {0.0, 0.3, 1.0})
+      for (const Taken taken : {Taken::both, Taken::normed, Taken::sum}) {
+        SumInputs in(c, probability);
+        in.taken = taken;
+        expect_same_bits(run_sum(in, true).all(), run_sum(in, false).all(),
+                         fmt::format("{} p {}, taken {}", to_text(c), probability, static_cast<int>(taken)));
+      }
+}
+
+TEST(ResidualNorm, ValuesAndGradientsLieWithinTheRoundingOfFp64) {
+  for (const NormCase& c : cases())
+    for (const double probability : {0.0, 0.3}) {
+      const SumInputs in(c, probability);
+      const SumRun own = run_sum(in, true);
+      const double unit = unit_of(c.dtype);
+      const at::Tensor mask = exact(dropout(at::ones({c.tokens, c.width}), in.site)), kept = mask * exact(in.branch);
+      const at::Tensor sum = exact(in.norm.x) + kept;
+      // The product is rounded twice (fp32, dtype), the sum of two numbers once before the dtype's own.
+      expect_within(own.sum, sum, 2 * unit * kept.abs() + kUnit * sum.abs(), to_text(c) + " sum");
+      // What is normalised is the rounded sum.
+      NormInputs norm = in.norm;
+      norm.x = own.sum.detach();
+      const NormRun wanted = run(c, norm, true);
+      const NormSlack slack(c, norm);
+      expect_within(own.normed, wanted.y, slack.y, to_text(c) + " normed");
+      expect_within(own.dw, wanted.dw, slack.dw, to_text(c) + " dw");
+      if (c.has_mean) expect_within(own.db, wanted.db, slack.db, to_text(c) + " db");
+      // The gradient of the norm is rounded before that of the sum is added to it.
+      const at::Tensor total = wanted.dx + exact(in.sum_seed);
+      const at::Tensor total_slack =
+          slack.dx * (1 + unit) + unit * wanted.dx.abs() + half_denormal_step(c.dtype) + kUnit * total.abs();
+      expect_within(own.dresidual, total, total_slack, to_text(c) + " dresidual");
+      expect_within(own.dbranch, mask * total, mask * (total_slack * (1 + unit) + (unit + kUnit) * total.abs()),
+                    to_text(c) + " dbranch");
+    }
+}
+
+TEST(ResidualNorm, StridedInputsAndThreadCountsChangeNoBit) {
+  for (const bool has_mean : {false, true})
+    for (const at::ScalarType dtype : kDtypes) {
+      const NormCase c{.tokens = 650, .width = 333, .dtype = dtype, .has_mean = has_mean, .eps = 1e-6};
+      SumInputs in(c, 0.2);
+      const std::vector<at::Tensor> dense = run_sum(in, true).all();
+      for (at::Tensor* tensor : {&in.norm.x, &in.branch, &in.norm.seed, &in.sum_seed})
+        *tensor = tensor->t().contiguous().t();
+      expect_same_bits(run_sum(in, true).all(), dense, to_text(c) + " strided");
+      expect_same_bits_for_any_thread_count([&] { return run_sum(in, true).all(); }, to_text(c));
+    }
+}
+
+TEST(ResidualNorm, HoldsItsResultsAndTheStatisticsOnly) {
+  const NormCase c{.tokens = 300, .width = 64, .dtype = at::kBFloat16, .has_mean = true, .eps = 1e-6};
+  const SumInputs in(c, 0.2);
+  const at::Tensor residual = leaf(in.norm.x), branch = leaf(in.branch), w = leaf(in.norm.w), b = leaf(in.norm.b);
+  NormedSum result;
+  const std::int64_t peak = peak_bytes_of([&] { result = apply_sum(in, {residual, branch, in.site}, w, b); });
+  EXPECT_EQ(peak, static_cast<std::int64_t>(result.sum.nbytes() + result.normed.nbytes()) + 2 * 4 * c.tokens);
+}
+
+TEST(ResidualNorm, ResidualAndBranchThatDoNotFitAreRefused) {
+  const at::Tensor w = at::ones({4}), x = at::ones({3, 4});
+  for (const at::Tensor& branch : {at::ones({1, 4}), at::ones({3, 4}, at::kBFloat16)})
+    EXPECT_NE(testing_support::error_of(ErrorKind::internal, [&] { add_rms_norm({x, branch}, w, 1e-6); }), "");
 }
 
 }  // namespace
