@@ -150,13 +150,13 @@ at::Tensor Bert::run_layer(std::int64_t n, const at::Tensor& hidden_TD, Attentio
   attention.dropout = make_dropout_site(context, layer_site(n, 0), config_.attention_dropout);
   const at::Tensor mixed_THK = varlen_attention(split(layer.query(hidden_TD)), split(layer.key(hidden_TD)),
                                                 split(layer.value(hidden_TD)), attention);
-  const at::Tensor attended_TD = dropout(layer.attention_output(mixed_THK.view({tokens, -1})),
-                                         make_dropout_site(context, layer_site(n, 1), config_.hidden_dropout));
-  const at::Tensor middle_TD = layer.attention_norm(attended_TD + hidden_TD);
+  const auto hidden_dropout = [&](std::int64_t place) {
+    return make_dropout_site(context, layer_site(n, place), config_.hidden_dropout);
+  };
+  const at::Tensor attended_TD = layer.attention_output(mixed_THK.view({tokens, -1}));
+  const at::Tensor middle_TD = layer.attention_norm({hidden_TD, attended_TD, hidden_dropout(1)}).normed;
   const at::Tensor wide_TF = activate(layer.intermediate(middle_TD), config_.activation);
-  const at::Tensor out_TD =
-      dropout(layer.output(wide_TF), make_dropout_site(context, layer_site(n, 2), config_.hidden_dropout));
-  return layer.output_norm(out_TD + middle_TD);
+  return layer.output_norm({middle_TD, layer.output(wide_TF), hidden_dropout(2)}).normed;
 }
 
 ModelOutput Bert::forward(const Batch& batch, UnitRunner& runner, const ForwardContext& context,

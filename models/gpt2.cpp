@@ -141,12 +141,12 @@ at::Tensor Gpt2::run_layer(std::int64_t n, const at::Tensor& x_TD, AttentionOpti
   const at::Tensor all_T3D = layer.query_key_value(layer.norm_1(x_TD));
   const auto part = [&](std::int64_t i) { return all_T3D.narrow(1, i * size, size).view({tokens, config_.num_heads, -1}); };
   const at::Tensor mixed_TD = varlen_attention(part(0), part(1), part(2), attention).view({tokens, size});
-  const auto residual_dropout = [&](const at::Tensor& y_TD, std::int64_t place) {
-    return dropout(y_TD, make_dropout_site(context, layer_site(n, place), config_.residual_dropout));
+  const auto residual_dropout = [&](std::int64_t place) {
+    return make_dropout_site(context, layer_site(n, place), config_.residual_dropout);
   };
-  const at::Tensor middle_TD = x_TD + residual_dropout(layer.attention_output(mixed_TD), 1);
-  const at::Tensor wide_TF = activate(layer.wide(layer.norm_2(middle_TD)), config_.activation);
-  return middle_TD + residual_dropout(layer.output(wide_TF), 2);
+  const auto [normed_TD, middle_TD] = layer.norm_2({x_TD, layer.attention_output(mixed_TD), residual_dropout(1)});
+  const at::Tensor wide_TF = activate(layer.wide(normed_TD), config_.activation);
+  return add_dropout(middle_TD, layer.output(wide_TF), residual_dropout(2));
 }
 
 ModelOutput Gpt2::forward(const Batch& batch, UnitRunner& runner, const ForwardContext& context,

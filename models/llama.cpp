@@ -178,9 +178,11 @@ ModelOutput Llama::forward(const Batch& batch, UnitRunner& runner, const Forward
     own.dropout = make_dropout_site(context, layer_site(n, 0), config_.attention_dropout);
     own.recompute = runner.recompute_context(*layer.unit);
     const auto layer_forward = [this, &layer, own, tables](const UnitRunner::Tensors& in) -> UnitRunner::Tensors {
-      const at::Tensor middle_TD =
-          in[0] + attend(layer, rms_norm(in[0], layer.input_norm->value, config_.rms_norm_eps), own, tables);
-      return {middle_TD + run_mlp(layer, rms_norm(middle_TD, layer.post_attention_norm->value, config_.rms_norm_eps))};
+      const at::Tensor mixed_TD =
+          attend(layer, rms_norm(in[0], layer.input_norm->value, config_.rms_norm_eps), own, tables);
+      const auto [normed_TD, middle_TD] =
+          add_rms_norm({in[0], mixed_TD}, layer.post_attention_norm->value, config_.rms_norm_eps);
+      return {middle_TD + run_mlp(layer, normed_TD)};
     };
     hidden_TD = runner.run(*layer.unit, {hidden_TD}, layer_forward)[0];
   }

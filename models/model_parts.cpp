@@ -8,7 +8,6 @@
 #include "core/error.hpp"
 #include "kernels/cross_entropy.hpp"
 #include "kernels/linear.hpp"
-#include "kernels/norm.hpp"
 
 namespace shardtune {
 
@@ -18,6 +17,10 @@ at::Tensor LinearParameters::operator()(const at::Tensor& x) const {
 
 at::Tensor LayerNormParameters::operator()(const at::Tensor& x) const {
   return layer_norm(x, weight->value, bias->value, eps);
+}
+
+NormedSum LayerNormParameters::operator()(const ResidualAdd& add) const {
+  return add_layer_norm(add, weight->value, bias->value, eps);
 }
 
 Unit& ModelParts::add_unit(const std::string& name, bool is_root) {

@@ -10,6 +10,7 @@
 
 #include "core/batch.hpp"
 #include "kernels/embedding.hpp"
+#include "kernels/norm.hpp"
 #include "models/model.hpp"
 #include "models/unit.hpp"
 
@@ -26,6 +27,7 @@ struct LayerNormParameters {
   Parameter* bias = nullptr;
   double eps = 1e-12;
   at::Tensor operator()(const at::Tensor& x) const;
+  NormedSum operator()(const ResidualAdd& add) const;
 };
 
 // Owns parameters and units. Not copyable: units hold addresses.
