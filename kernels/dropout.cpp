@@ -12,6 +12,8 @@
 #include "core/error.hpp"
 #include "core/rng.hpp"
 #include "kernels/element_type.hpp"
+#include "kernels/instruction_set.hpp"
+#include "kernels/philox_groups.hpp"
 #include "kernels/simd.hpp"
 
 namespace shardtune {
@@ -26,10 +28,9 @@ float keep_scale(double probability) {
   return probability < 1.0 ? static_cast<float>(1.0 / (1.0 - probability)) : 0.0F;
 }
 
-// Sixteen Philox4x32-10 blocks with consecutive counters; plain arrays so that the compiler finds the widening
-// multiply.
-SHARDTUNE_INLINE void philox_group(std::uint64_t key, std::uint64_t first, std::uint64_t row,
-                                   std::uint32_t (&c)[4][16]) {
+SHARDTUNE_INLINE void philox_group(std::uint64_t key, std::uint64_t group, std::uint64_t row, PhiloxGroup& into) {
+  auto& c = into.words;
+  const std::uint64_t first = group * 16;
   for (std::uint32_t i = 0; i < 16; ++i) {
     c[0][i] = static_cast<std::uint32_t>(first) + i;  // first is a multiple of 16: no carry
     c[1][i] = static_cast<std::uint32_t>(first >> 32);
@@ -53,41 +54,59 @@ SHARDTUNE_INLINE void philox_group(std::uint64_t key, std::uint64_t first, std::
 struct Masker {
   std::uint64_t key, row;
   std::uint32_t limit;
-  bool drops_all;
+  bool drops_all, has_avx512;
   float scale;
 
-  Masker(const DropoutSite& site, std::uint64_t row_index) : key(site.key), row(row_index) {
+  Masker(const DropoutSite& site, std::uint64_t row_index)
+      : key(site.key), row(row_index), has_avx512(instruction_set() >= InstructionSet::avx512) {
     const std::uint64_t below = drop_below(site.probability);
     drops_all = below > UINT32_MAX;
     limit = drops_all ? 0 : static_cast<std::uint32_t>(below);
     scale = drops_all ? 0.0F : keep_scale(site.probability);
   }
-  // Multipliers of elements [64 group, 64 group + 64).
-  SHARDTUNE_INLINE void make(std::int64_t group, float* out) const {
-    std::uint32_t words[4][16];
-    philox_group(key, static_cast<std::uint64_t>(group) * 16, row, words);
+  // Random words of elements [64 group, 64 (group + count)), count <= kGroupsAtOnce.
+  SHARDTUNE_INLINE void draw(std::int64_t group, std::int64_t count, PhiloxGroup* into) const {
+    const auto first = static_cast<std::uint64_t>(group);
+#if defined(__x86_64__)
+    if (has_avx512) return philox_groups_avx512(key, first, row, into, count);
+#endif
+    for (std::int64_t g = 0; g < count; ++g) philox_group(key, first + static_cast<std::uint64_t>(g), row, into[g]);
+  }
+  // The multipliers of a group's elements.
+  SHARDTUNE_INLINE void multipliers(const PhiloxGroup& drawn, float* out) const {
     for (std::int64_t w = 0; w < 4; ++w) {  // written out as vectors: GCC makes branches of a loop over the lanes
       simd::Word word;
-      std::memcpy(&word, words[w], sizeof word);
+      std::memcpy(&word, drawn.words[w], sizeof word);
       simd::store(out + w * simd::kLanes, word < limit ? simd::Float{} : simd::broadcast(scale));
     }
   }
   // The same as bits.
-  SHARDTUNE_INLINE std::uint64_t make_bits(std::int64_t group) const {
-    std::uint32_t words[4][16], lanes[16];
-    philox_group(key, static_cast<std::uint64_t>(group) * 16, row, words);
-    std::uint64_t bits = 0;
+  SHARDTUNE_INLINE std::uint64_t bits(const PhiloxGroup& drawn) const {
+    const auto& words = drawn.words;
+    std::uint32_t lanes[16];
+    std::uint64_t result = 0;
     for (int half = 0; half < 2; ++half) {
       // Lane i holds the bits of words 2 half and 2 half + 1, each at its place in the result.
       for (std::uint32_t i = 0; i < 16; ++i)
         lanes[i] = (words[2 * half][i] < limit ? 0U : 1U << i) | (words[2 * half + 1][i] < limit ? 0U : 0x10000U << i);
       std::uint32_t all = 0;
       for (const std::uint32_t lane : lanes) all |= lane;
-      bits |= static_cast<std::uint64_t>(all) << (32 * half);
+      result |= static_cast<std::uint64_t>(all) << (32 * half);
     }
-    return drops_all ? 0 : bits;
+    return drops_all ? 0 : result;
   }
 };
+
+// Calls visit(group, its random words) for groups [begin, end).
+template <class Visit>
+SHARDTUNE_INLINE void for_each_group(const Masker& masker, std::int64_t begin, std::int64_t end, Visit visit) {
+  PhiloxGroup drawn[kGroupsAtOnce];
+  for (std::int64_t first = begin; first < end; first += kGroupsAtOnce) {
+    const std::int64_t count = std::min(kGroupsAtOnce, end - first);
+    masker.draw(first, count, drawn);
+    for (std::int64_t g = 0; g < count; ++g) visit(first + g, drawn[g]);
+  }
+}
 
 template <class T>
 struct Groups {
@@ -100,8 +119,8 @@ template <class T>
 void apply_groups(const Groups<T>& io, const Masker& masker, std::int64_t begin, std::int64_t end) {
   simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
     float mask[kGroup];
-    for (std::int64_t group = begin; group < end; ++group) {
-      masker.make(group, mask);
+    for_each_group(masker, begin, end, [&](std::int64_t group, const PhiloxGroup& drawn) SHARDTUNE_VECTOR_BODY {
+      masker.multipliers(drawn, mask);
       const std::int64_t first = group * kGroup, last = std::min(io.numel, first + kGroup);
       for (std::int64_t at = first; at < last; at += simd::kLanes) {
         // A select, not a product: a dropped infinity is zero.
@@ -110,7 +129,7 @@ void apply_groups(const Groups<T>& io, const Masker& masker, std::int64_t begin,
         simd::store_at(io.out, at, io.numel,
                        io.residual == nullptr ? y : simd::load_at(io.residual, at, io.numel) + simd::rounded_to<T>(y));
       }
-    }
+    });
   });
 }
 
@@ -181,25 +200,25 @@ void fill_dropout_row(const DropoutSite& site, std::uint64_t row, std::span<floa
   const Masker masker(site, row);
   const auto begin = static_cast<std::int64_t>(first), end = begin + static_cast<std::int64_t>(into.size());
   simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
-    for (std::int64_t at = begin; at < end;) {
-      const std::int64_t skipped = at % kGroup, count = std::min(kGroup - skipped, end - at);
-      float* out = into.data() + (at - begin);
-      if (count == kGroup) {
-        masker.make(at / kGroup, out);
-      } else {
-        float mask[kGroup];
-        masker.make(at / kGroup, mask);
-        std::copy_n(mask + skipped, count, out);
-      }
-      at += count;
-    }
+    for_each_group(masker, begin / kGroup, (end + kGroup - 1) / kGroup,
+                   [&](std::int64_t group, const PhiloxGroup& drawn) SHARDTUNE_VECTOR_BODY {
+                     const std::int64_t from = std::max(begin, group * kGroup),
+                                        to = std::min(end, (group + 1) * kGroup);
+                     float* out = into.data() + (from - begin);
+                     if (to - from == kGroup) return masker.multipliers(drawn, out);
+                     float mask[kGroup];
+                     masker.multipliers(drawn, mask);
+                     std::copy(mask + (from - group * kGroup), mask + (to - group * kGroup), out);
+                   });
   });
 }
 
 void fill_dropout_bits(const DropoutSite& site, std::uint64_t row, std::span<std::uint64_t> into) {
   const Masker masker(site, row);
   simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
-    for (std::size_t group = 0; group < into.size(); ++group) into[group] = masker.make_bits(static_cast<std::int64_t>(group));
+    for_each_group(masker, 0, static_cast<std::int64_t>(into.size()),
+                   [&](std::int64_t group, const PhiloxGroup& drawn)
+                       SHARDTUNE_VECTOR_BODY { into[static_cast<std::size_t>(group)] = masker.bits(drawn); });
   });
 }
 
