@@ -9,9 +9,12 @@ import peaks
 
 FLAGS = ("avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile")  # that matter
 MIB = 1 << 20
+CPUINFO = pathlib.Path("/proc/cpuinfo")
 # What launcher/front.cpp sets: for programs started without it.
 PROGRAM_MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 PROGRAM = PROGRAM_MALLOC | {"OMP_WAIT_POLICY": "passive"}
+if "GenuineIntel" in CPUINFO.read_text() and "avx2" in CPUINFO.read_text():
+    PROGRAM |= {"MKL_CBWR": "AUTO,STRICT"}
 # Idle: at most this much of a core per core of load before the first case, and this share of the time of our cores taken by
 # others, or by other machines on the same host (steal), while nothing or only a driver of ours runs.
 MOST_LOAD, MOST_OTHERS, MOST_STOLEN = 0.5, 0.05, 0.02
@@ -38,7 +41,7 @@ def instruction_set(flags):
 
 
 def describe():
-    flags = flags_of(pathlib.Path("/proc/cpuinfo").read_text())
+    flags = flags_of(CPUINFO.read_text())
     try:
         pages = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
         pages = pages[pages.index("[") + 1:pages.index("]")]

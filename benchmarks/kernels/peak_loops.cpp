@@ -11,10 +11,12 @@
 namespace shardtune::measurement {
 namespace {
 
+// Written out for each instruction set: a function that others are inlined into must have the instructions of their
+// intrinsics, and without intrinsics GCC multiplies operands that never change once, before the loop.
+
 constexpr int kSteps = 64;  // multiplications of each sum in a round
 
 // --- AMX: sums in tiles 0 to 3, a in 4 and 5, b in 6 and 7; a multiplication is 16 x 16 x 32
-// ---------------------------
 
 struct alignas(64) TileConfig {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -78,7 +80,6 @@ SHARDTUNE_AMX float amx_l1(const Numbers& numbers, std::int64_t rounds) {
 }
 
 // --- 32 registers of 512 bits: 24 sums; from the cache 8 rows of a, broadcast, times 48 columns of b
-// -------------------
 
 constexpr int kSums = 24, kRows = 8, kColumns = 3;
 
@@ -164,7 +165,6 @@ SHARDTUNE_AVX512 float avx512_fp32_l1(const Numbers& numbers, std::int64_t round
 }
 
 // --- 16 registers of 256 bits: 12 sums; from the cache 6 rows of a times 16 columns of b
-// -------------------------------
 
 constexpr int kNarrowSums = 12, kNarrowRows = 6, kNarrowColumns = 2;
 
