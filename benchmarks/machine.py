@@ -12,7 +12,7 @@ MIB = 1 << 20
 CPUINFO = pathlib.Path("/proc/cpuinfo")
 # What launcher/front.cpp sets: for programs started without it.
 PROGRAM_MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-PROGRAM = PROGRAM_MALLOC | {"OMP_WAIT_POLICY": "passive"}
+PROGRAM = PROGRAM_MALLOC | {"GOMP_SPINCOUNT": "10000"}
 if "GenuineIntel" in CPUINFO.read_text() and "avx2" in CPUINFO.read_text():
     PROGRAM |= {"MKL_CBWR": "AUTO,STRICT"}
 # Idle: at most this much of a core per core of load before the first case, and this share of the time of our cores taken by
