@@ -233,15 +233,11 @@ void check(const at::Tensor& left, const at::Tensor& right) {
                  "a bf16 product takes left [M, K] and right [K, N] with one dense dimension each");
 }
 
-}  // namespace
-
-bool takes_bf16_products(const at::Tensor& x) {
-  return x.scalar_type() == at::kBFloat16 && instruction_set() >= InstructionSet::avx512_bf16;
-}
-
-at::Tensor bf16_gemm(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias) {
+// The product with `bias` [N] or undefined; after_block(block, its place in the result, its sizes) follows each store.
+template <class AfterBlock>
+at::Tensor multiply_and_store(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias,
+                              const AfterBlock& after_block) {
   const std::int64_t m = left.size(0), n = right.size(1);
-  if (left.size(1) == 0) return bias.defined() ? bias.expand({m, n}).contiguous() : at::mm(left, right);
   check(left, right);
   check_internal(!bias.defined() || (bias.numel() == n && bias.is_contiguous() && bias.scalar_type() == at::kBFloat16),
                  "a bf16 product takes a dense bias [N] of bf16");
@@ -255,8 +251,37 @@ at::Tensor bf16_gemm(const at::Tensor& left, const at::Tensor& right, const at::
       bf16::store_with_bias(block, terms + column, at, n);
     else
       bf16::store_block(block, at, n);
+    after_block(at, row * n + column, ActivatedBlock{block.rows, block.columns, n});
   });
   return out;
+}
+
+}  // namespace
+
+bool takes_bf16_products(const at::Tensor& x) {
+  return x.scalar_type() == at::kBFloat16 && instruction_set() >= InstructionSet::avx512_bf16;
+}
+
+at::Tensor bf16_gemm(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias) {
+  if (left.size(1) == 0)
+    return bias.defined() ? bias.expand({left.size(0), right.size(1)}).contiguous() : at::mm(left, right);
+  return multiply_and_store(left, right, bias, [](const Number*, std::int64_t, const ActivatedBlock&) {});
+}
+
+std::pair<at::Tensor, at::Tensor> bf16_gemm_activated(const at::Tensor& left, const at::Tensor& right,
+                                                      const at::Tensor& bias, Activation gelu) {
+  const ActivateBlock activate_block = find_block_activation(gelu);
+  check_internal(activate_block != nullptr, "a product applies no other activation than GELU");
+  if (left.size(1) == 0) {
+    const at::Tensor product = bf16_gemm(left, right, bias);
+    return {product, activate(product, gelu)};
+  }
+  at::Tensor activated = at::empty({left.size(0), right.size(1)}, left.options());
+  auto* into = activated.mutable_data_ptr<c10::BFloat16>();
+  const auto after_block = [&](const Number* block, std::int64_t offset, const ActivatedBlock& sizes) {
+    activate_block(reinterpret_cast<const c10::BFloat16*>(block), into + offset, sizes);
+  };
+  return {multiply_and_store(left, right, bias, after_block), activated};
 }
 
 void bf16_gemm_add(const at::Tensor& left, const at::Tensor& right, at::Tensor& into) {

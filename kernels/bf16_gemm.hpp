@@ -3,7 +3,11 @@
 // element are added in an order that depends on K alone, so its bits depend neither on the number of threads nor on
 // what other rows and columns there are. Only where instruction_set() has bf16 products; denormal numbers count as
 // zero.
+#include <utility>
+
 #include <ATen/core/Tensor.h>
+
+#include "kernels/activation.hpp"
 
 namespace shardtune {
 
@@ -13,6 +17,9 @@ bool takes_bf16_products(const at::Tensor& x);
 // left [M, K] and right [K, N] bf16, either dimension of each may be the dense one (x, x.t()) -> [M, N] bf16. bias [N]
 // bf16, dense, or undefined: added before the one rounding.
 at::Tensor bf16_gemm(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias = {});
+// The same, and GELU of it while its blocks are in the first-level cache: {product, activated}.
+std::pair<at::Tensor, at::Tensor> bf16_gemm_activated(const at::Tensor& left, const at::Tensor& right,
+                                                      const at::Tensor& bias, Activation gelu);
 // into [M, N] += left right, fp32 with dense rows: no sum is rounded to bf16.
 void bf16_gemm_add(const at::Tensor& left, const at::Tensor& right, at::Tensor& into);
 

@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "core/error.hpp"
 #include "kernels/element_type.hpp"
 #include "kernels/simd.hpp"
 
@@ -32,70 +33,78 @@ SHARDTUNE_INLINE void store_at(T* to, const Float& value, std::int64_t left) {
     simd::store_some(to, value, left);
 }
 
-template <class T>
-void forward_elements(const at::Tensor& gate, const at::Tensor& up, at::Tensor& out) {
-  const T *g = gate.const_data_ptr<T>(), *u = up.const_data_ptr<T>();
-  T* o = out.mutable_data_ptr<T>();
-  const std::int64_t numel = gate.numel();
-  at::parallel_for(0, (numel + kLanes - 1) / kLanes, 1024, [&](std::int64_t begin, std::int64_t end) {
+constexpr std::int64_t kElementsOfATask = 16384;
+
+// body(row, column, elements left in the row) for every vector of [rows, width], shared among threads by rows.
+template <class Body>
+void for_each_vector(std::int64_t rows, std::int64_t width, const Body& body) {
+  const std::int64_t grain = std::max<std::int64_t>(1, kElementsOfATask / std::max<std::int64_t>(1, width));
+  at::parallel_for(0, rows, grain, [&](std::int64_t begin, std::int64_t end) {
     simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
-      for (std::int64_t at = begin * kLanes; at < std::min(numel, end * kLanes); at += kLanes) {
-        const Float x = load_at(g + at, numel - at);
-        store_at(o + at, x * sigmoid(x) * load_at(u + at, numel - at), numel - at);
-      }
+      for (std::int64_t row = begin; row < end; ++row)
+        for (std::int64_t at = 0; at < width; at += kLanes) body(row, at, width - at);
     });
   });
 }
 
-struct BackwardTensors {
-  const at::Tensor &grad, &gate, &up;
-  at::Tensor &d_gate, &d_up;
-};
+template <class T>
+at::Tensor run_forward(const at::Tensor& gate_up) {
+  const std::int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
+  at::Tensor out = at::empty({rows, width}, gate_up.options());
+  const T* in = gate_up.const_data_ptr<T>();
+  T* o = out.mutable_data_ptr<T>();
+  for_each_vector(rows, width, [&](std::int64_t row, std::int64_t at, std::int64_t left) SHARDTUNE_VECTOR_BODY {
+    const T* gate = in + row * 2 * width + at;
+    const Float x = load_at(gate, left);
+    store_at(o + row * width + at, x * sigmoid(x) * load_at(gate + width, left), left);
+  });
+  return out;
+}
 
 template <class T>
-void backward_elements(const BackwardTensors& io) {
-  const T *d = io.grad.const_data_ptr<T>(), *g = io.gate.const_data_ptr<T>(), *u = io.up.const_data_ptr<T>();
-  T *dg = io.d_gate.mutable_data_ptr<T>(), *du = io.d_up.mutable_data_ptr<T>();
-  const std::int64_t numel = io.gate.numel();
-  at::parallel_for(0, (numel + kLanes - 1) / kLanes, 1024, [&](std::int64_t begin, std::int64_t end) {
-    simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
-      for (std::int64_t at = begin * kLanes; at < std::min(numel, end * kLanes); at += kLanes) {
-        const std::int64_t left = numel - at;
-        const Float x = load_at(g + at, left), grad = load_at(d + at, left), s = sigmoid(x);
-        store_at(du + at, grad * x * s, left);
-        store_at(dg + at, grad * load_at(u + at, left) * s * (1.0F + x * (1.0F - s)), left);
-      }
-    });
+at::Tensor run_backward(const at::Tensor& grad, const at::Tensor& gate_up) {
+  const std::int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
+  at::Tensor d_gate_up = at::empty_like(gate_up);
+  const T *in = gate_up.const_data_ptr<T>(), *d = grad.const_data_ptr<T>();
+  T* out = d_gate_up.mutable_data_ptr<T>();
+  for_each_vector(rows, width, [&](std::int64_t row, std::int64_t at, std::int64_t left) SHARDTUNE_VECTOR_BODY {
+    const T* gate = in + row * 2 * width + at;
+    T* d_gate = out + row * 2 * width + at;
+    const Float x = load_at(gate, left), g = load_at(d + row * width + at, left), s = sigmoid(x);
+    store_at(d_gate + width, g * x * s, left);
+    store_at(d_gate, g * load_at(gate + width, left) * s * (1.0F + x * (1.0F - s)), left);
   });
+  return d_gate_up;
 }
 
 struct SiluAndMul : torch::autograd::Function<SiluAndMul> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& gate_any,
-                            const at::Tensor& up_any) {
-    const at::Tensor gate = gate_any.contiguous(), up = up_any.contiguous();
-    ctx->save_for_backward({gate, up});
-    at::Tensor out = at::empty_like(gate);
-    with_element_type(gate.scalar_type(), [&](auto element) { forward_elements<decltype(element)>(gate, up, out); });
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& gate_up_any) {
+    const at::Tensor gate_up = gate_up_any.contiguous();
+    ctx->save_for_backward({gate_up});
+    at::Tensor out;
+    with_element_type(gate_up.scalar_type(), [&](auto element) { out = run_forward<decltype(element)>(gate_up); });
     return out;
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    const at::Tensor grad = grads[0].contiguous();
-    at::Tensor d_gate = at::empty_like(saved[0]), d_up = at::empty_like(saved[1]);
-    const BackwardTensors io{grad, saved[0], saved[1], d_gate, d_up};
-    with_element_type(grad.scalar_type(), [&](auto element) { backward_elements<decltype(element)>(io); });
-    return {d_gate, d_up};
+    const at::Tensor gate_up = ctx->get_saved_variables()[0], grad = grads[0].contiguous();
+    at::Tensor result;
+    with_element_type(grad.scalar_type(),
+                      [&](auto element) { result = run_backward<decltype(element)>(grad, gate_up); });
+    return {result};
   }
 };
 
 }  // namespace
 
-at::Tensor silu_and_mul(const at::Tensor& gate, const at::Tensor& up) { return SiluAndMul::apply(gate, up); }
+at::Tensor silu_and_mul(const at::Tensor& gate_up) {
+  check_internal(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, "silu_and_mul takes [T, 2 F]");
+  return SiluAndMul::apply(gate_up);
+}
 
-at::Tensor silu_and_mul_reference(const at::Tensor& gate, const at::Tensor& up) {
-  const auto wide = [](const at::Tensor& x) { return x.scalar_type() == at::kDouble ? x : x.to(at::kFloat); };
-  return (at::silu(wide(gate)) * wide(up)).to(gate.scalar_type());
+at::Tensor silu_and_mul_reference(const at::Tensor& gate_up) {
+  const auto halves = gate_up.to(gate_up.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).chunk(2, 1);
+  return (at::silu(halves[0]) * halves[1]).to(gate_up.scalar_type());
 }
 
 }  // namespace shardtune

@@ -1,12 +1,29 @@
 #pragma once
 // y = x W^T + b, the layout of torch.nn.Linear. x [T, I], weight [O, I] (either dimension dense), bias [O] or
-// undefined; all of one dtype. Autograd saves x and the weight (never a copy: the weight's storage may be freed and
+// undefined; all of one dtype. Autograd saves x and the weights (never a copy: the weights' storage may be freed and
 // refilled before backward). Products by matrix_product.hpp; where it multiplies bf16 itself the bias is added and its
 // gradient summed in fp32. The bits do not depend on the number of threads.
+#include <vector>
+
 #include <ATen/core/Tensor.h>
+
+#include "kernels/activation.hpp"
 
 namespace shardtune {
 
 at::Tensor apply_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias = {});
+
+struct LinearOperands {
+  at::Tensor weight;
+  at::Tensor bias = {};
+};
+// Several layers of the same x, all with a bias or all without, weights [O_i, I] dense in I, as one product each way ->
+// [T, sum of O_i], the results side by side (see split_columns). The gradient of x is one sum over all outputs. Weights
+// that do not lie side by side in memory are copied for the time of a product.
+at::Tensor apply_linears(const at::Tensor& x, const std::vector<LinearOperands>& layers);
+
+// activate(apply_linear(x, weight, bias), activation), the same bits. GELU of bf16 is applied while the product is
+// stored. Saves the product, too.
+at::Tensor apply_activated_linear(const at::Tensor& x, const LinearOperands& layer, Activation activation);
 
 }  // namespace shardtune

@@ -17,14 +17,14 @@ using simd::kLanes;
 // direction +1 rotates, -1 rotates back (the transpose, which is the backward pass).
 template <class T>
 void rotate_rows(const at::Tensor& x, const RopeTables& tables, float direction, at::Tensor& y) {
-  const std::int64_t heads = x.size(1), half = x.size(2) / 2;
+  const std::int64_t heads = x.size(1), half = x.size(2) / 2, stride = x.stride(0);
   const T* in = x.const_data_ptr<T>();
   T* out = y.mutable_data_ptr<T>();
   const auto *cos = tables.cos.const_data_ptr<float>(), *sin = tables.sin.const_data_ptr<float>();
   at::parallel_for(0, x.size(0), 16, [&](std::int64_t begin, std::int64_t end) {
     simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
       for (std::int64_t row = begin * heads; row < end * heads; ++row) {
-        const T *low = in + row * 2 * half, *high = low + half;
+        const T *low = in + row / heads * stride + row % heads * 2 * half, *high = low + half;
         T *out_low = out + row * 2 * half, *out_high = out_low + half;
         const float *c = cos + row / heads * half, *s = sin + row / heads * half;
         for (std::int64_t i = 0; i < half; i += kLanes) {
@@ -47,8 +47,9 @@ void rotate_rows(const at::Tensor& x, const RopeTables& tables, float direction,
 }
 
 at::Tensor rotate(const at::Tensor& x_any, const RopeTables& tables, float direction) {
-  const at::Tensor x = x_any.contiguous();
-  at::Tensor y = at::empty_like(x);
+  const bool has_dense_rows = x_any.stride(2) == 1 && x_any.stride(1) == x_any.size(2);
+  const at::Tensor x = has_dense_rows ? x_any : x_any.contiguous();
+  at::Tensor y = at::empty(x.sizes(), x.options());
   with_element_type(x.scalar_type(), [&](auto element) { rotate_rows<decltype(element)>(x, tables, direction, y); });
   return y;
 }

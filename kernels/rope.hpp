@@ -13,7 +13,8 @@ struct RopeTables {
 // positions [T] int64, inverse_frequencies [D / 2] fp32.
 RopeTables make_rope_tables(const at::Tensor& positions, const at::Tensor& inverse_frequencies);
 
-// x [T, H, D] fp32, bf16 or fp16 -> a fresh [T, H, D]; computed in fp32, rounded once. Saves the tables only.
+// x [T, H, D] fp32, bf16 or fp16, rows of any stride -> a fresh [T, H, D]; computed in fp32, rounded once. Saves the
+// tables only.
 at::Tensor rope(const at::Tensor& x, const RopeTables& tables);
 at::Tensor rope_reference(const at::Tensor& x, const RopeTables& tables);
 

@@ -15,6 +15,7 @@
 #include "kernels/dropout.hpp"
 #include "kernels/embedding.hpp"
 #include "kernels/linear.hpp"
+#include "kernels/side_by_side.hpp"
 #include "models/architectures.hpp"
 #include "models/config_reader.hpp"
 #include "models/model_parts.hpp"
@@ -145,17 +146,19 @@ at::Tensor Bert::embed(const Batch& batch, const ForwardContext& context) const 
 at::Tensor Bert::run_layer(std::int64_t n, const at::Tensor& hidden_TD, AttentionOptions attention,
                            const ForwardContext& context) const {
   const BertLayer& layer = layers_[static_cast<std::size_t>(n)];
-  const std::int64_t tokens = hidden_TD.size(0), heads = config_.num_heads;
-  const auto split = [&](const at::Tensor& x_TD) { return x_TD.view({tokens, heads, -1}); };
+  const std::int64_t tokens = hidden_TD.size(0), heads = config_.num_heads, size = config_.hidden_size;
+  const at::Tensor all_T3D =
+      apply_linears(hidden_TD, {layer.query.operands(), layer.key.operands(), layer.value.operands()});
+  const auto parts_TD = split_columns(all_T3D, {size, size, size});
+  const auto part = [&](std::size_t i) { return parts_TD[i].view({tokens, heads, -1}); };
   attention.dropout = make_dropout_site(context, layer_site(n, 0), config_.attention_dropout);
-  const at::Tensor mixed_THK = varlen_attention(split(layer.query(hidden_TD)), split(layer.key(hidden_TD)),
-                                                split(layer.value(hidden_TD)), attention);
+  const at::Tensor mixed_THK = varlen_attention(part(0), part(1), part(2), attention);
   const auto hidden_dropout = [&](std::int64_t place) {
     return make_dropout_site(context, layer_site(n, place), config_.hidden_dropout);
   };
   const at::Tensor attended_TD = layer.attention_output(mixed_THK.view({tokens, -1}));
   const at::Tensor middle_TD = layer.attention_norm({hidden_TD, attended_TD, hidden_dropout(1)}).normed;
-  const at::Tensor wide_TF = activate(layer.intermediate(middle_TD), config_.activation);
+  const at::Tensor wide_TF = layer.intermediate.activated(middle_TD, config_.activation);
   return layer.output_norm({middle_TD, layer.output(wide_TF), hidden_dropout(2)}).normed;
 }
 

@@ -14,6 +14,7 @@
 #include "kernels/dropout.hpp"
 #include "kernels/embedding.hpp"
 #include "kernels/linear.hpp"
+#include "kernels/side_by_side.hpp"
 #include "models/architectures.hpp"
 #include "models/config_reader.hpp"
 #include "models/model_parts.hpp"
@@ -61,6 +62,7 @@ Gpt2Config read_config(const ModelRequest& request) {
 // transformers' Conv1D: y = x W + b with W [in, out].
 struct Conv1dParameters {
   Parameter *weight = nullptr, *bias = nullptr;
+  LinearOperands operands() const { return {weight->value.t(), bias->value}; }
   at::Tensor operator()(const at::Tensor& x) const { return apply_linear(x, weight->value.t(), bias->value); }
 };
 
@@ -138,14 +140,14 @@ at::Tensor Gpt2::run_layer(std::int64_t n, const at::Tensor& x_TD, AttentionOpti
   const std::int64_t tokens = x_TD.size(0), size = config_.hidden_size;
   attention.dropout = make_dropout_site(context, layer_site(n, 0), config_.attention_dropout);
   if (config_.scales_by_layer) attention.scale /= static_cast<double>(n + 1);
-  const at::Tensor all_T3D = layer.query_key_value(layer.norm_1(x_TD));
-  const auto part = [&](std::int64_t i) { return all_T3D.narrow(1, i * size, size).view({tokens, config_.num_heads, -1}); };
+  const auto parts_TD = split_columns(layer.query_key_value(layer.norm_1(x_TD)), {size, size, size});
+  const auto part = [&](std::size_t i) { return parts_TD[i].view({tokens, config_.num_heads, -1}); };
   const at::Tensor mixed_TD = varlen_attention(part(0), part(1), part(2), attention).view({tokens, size});
   const auto residual_dropout = [&](std::int64_t place) {
     return make_dropout_site(context, layer_site(n, place), config_.residual_dropout);
   };
   const auto [normed_TD, middle_TD] = layer.norm_2({x_TD, layer.attention_output(mixed_TD), residual_dropout(1)});
-  const at::Tensor wide_TF = activate(layer.wide(normed_TD), config_.activation);
+  const at::Tensor wide_TF = apply_activated_linear(normed_TD, layer.wide.operands(), config_.activation);
   return add_dropout(middle_TD, layer.output(wide_TF), residual_dropout(2));
 }
 

@@ -16,6 +16,7 @@
 #include "kernels/gated_mlp.hpp"
 #include "kernels/norm.hpp"
 #include "kernels/rope.hpp"
+#include "kernels/side_by_side.hpp"
 #include "models/architectures.hpp"
 #include "models/config_reader.hpp"
 #include "models/model_parts.hpp"
@@ -148,18 +149,19 @@ void Llama::add_layer(std::int64_t n) {
 
 at::Tensor Llama::attend(const LlamaLayer& layer, const at::Tensor& x_TD, const AttentionOptions& attention,
                          const RopeTables& tables) const {
-  const std::int64_t tokens = x_TD.size(0);
-  const auto split = [&](const at::Tensor& y) { return y.view({tokens, -1, config_.head_size}); };
-  const at::Tensor q_THK = rope(split(layer.query(x_TD)), tables);
-  const at::Tensor k_TGK = rope(split(layer.key(x_TD)), tables);
-  const at::Tensor mixed_THK = varlen_attention(q_THK, k_TGK, split(layer.value(x_TD)), attention);
+  const std::int64_t tokens = x_TD.size(0), keys = config_.num_kv_heads * config_.head_size;
+  const at::Tensor all = apply_linears(x_TD, {layer.query.operands(), layer.key.operands(), layer.value.operands()});
+  const auto parts = split_columns(all, {all.size(1) - 2 * keys, keys, keys});
+  const auto part = [&](std::size_t i) { return parts[i].view({tokens, -1, config_.head_size}); };
+  const at::Tensor mixed_THK = varlen_attention(rope(part(0), tables), rope(part(1), tables), part(2), attention);
   return layer.output(mixed_THK.view({tokens, -1}));
 }
 
 at::Tensor Llama::run_mlp(const LlamaLayer& layer, const at::Tensor& x_TD) const {
-  const at::Tensor gate_TF = layer.gate(x_TD), up_TF = layer.up(x_TD);
-  if (config_.activation == Activation::silu) return layer.down(silu_and_mul(gate_TF, up_TF));
-  return layer.down(activate(gate_TF, config_.activation) * up_TF);
+  const at::Tensor gate_up_T2F = apply_linears(x_TD, {layer.gate.operands(), layer.up.operands()});
+  if (config_.activation == Activation::silu) return layer.down(silu_and_mul(gate_up_T2F));
+  const auto parts_TF = split_columns(gate_up_T2F, {config_.intermediate_size, config_.intermediate_size});
+  return layer.down(activate(parts_TF[0], config_.activation) * parts_TF[1]);
 }
 
 ModelOutput Llama::forward(const Batch& batch, UnitRunner& runner, const ForwardContext& context,

@@ -7,12 +7,20 @@
 
 #include "core/error.hpp"
 #include "kernels/cross_entropy.hpp"
-#include "kernels/linear.hpp"
 
 namespace shardtune {
 
+LinearOperands LinearParameters::operands() const {
+  return {weight->value, bias == nullptr ? at::Tensor() : bias->value};
+}
+
 at::Tensor LinearParameters::operator()(const at::Tensor& x) const {
-  return apply_linear(x, weight->value, bias == nullptr ? at::Tensor() : bias->value);
+  const auto [own_weight, own_bias] = operands();
+  return apply_linear(x, own_weight, own_bias);
+}
+
+at::Tensor LinearParameters::activated(const at::Tensor& x, Activation activation) const {
+  return apply_activated_linear(x, operands(), activation);
 }
 
 at::Tensor LayerNormParameters::operator()(const at::Tensor& x) const {

@@ -9,7 +9,9 @@
 #include <ATen/core/Tensor.h>
 
 #include "core/batch.hpp"
+#include "kernels/activation.hpp"
 #include "kernels/embedding.hpp"
+#include "kernels/linear.hpp"
 #include "kernels/norm.hpp"
 #include "models/model.hpp"
 #include "models/unit.hpp"
@@ -20,6 +22,8 @@ struct LinearParameters {
   Parameter* weight = nullptr;                       // [out, in]
   Parameter* bias = nullptr;                         // [out] or absent
   at::Tensor operator()(const at::Tensor& x) const;  // [T, in] -> [T, out]
+  at::Tensor activated(const at::Tensor& x, Activation activation) const;
+  LinearOperands operands() const;  // for apply_linears()
 };
 
 struct LayerNormParameters {

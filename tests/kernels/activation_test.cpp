@@ -66,8 +66,12 @@ TEST(Activation, ThreadCountChangesNoBitOfGelu) {
   const at::Tensor given = random_tensor(1, {200003}), seed = random_tensor(2, {200003});
   expect_same_bits_for_any_thread_count(
       [&] {
-        const at::Tensor x = leaf(given), y = activate(x, Activation::gelu_tanh);
-        return std::vector<at::Tensor>{y, gradients(y, seed, {x})[0]};
+        std::vector<at::Tensor> all;
+        for (const Activation activation : {Activation::gelu_erf, Activation::gelu_tanh}) {
+          const at::Tensor x = leaf(given), y = activate(x, activation);
+          all.insert(all.end(), {y, gradients(y, seed, {x})[0]});
+        }
+        return all;
       },
       "gelu");
 }
@@ -88,10 +92,10 @@ struct GatedRun {
 };
 
 GatedRun run_gated(const at::Tensor& gate, const at::Tensor& up, const at::Tensor& seed, bool reference) {
-  const at::Tensor g = reference ? double_leaf(gate) : leaf(gate), u = reference ? double_leaf(up) : leaf(up);
-  const at::Tensor out = reference ? silu_and_mul_reference(g, u) : silu_and_mul(g, u);
-  const auto grads = gradients(out, seed, {g, u});
-  return {out, grads[0], grads[1]};
+  const at::Tensor both = at::cat({gate, up}, 1), x = reference ? double_leaf(both) : leaf(both);
+  const at::Tensor out = reference ? silu_and_mul_reference(x) : silu_and_mul(x);
+  const auto halves = gradients(out, seed, {x})[0].chunk(2, 1);
+  return {out, halves[0], halves[1]};
 }
 
 TEST(GatedMlp, ValuesAndGradientsLieWithinTheRoundingOfFp64) {
@@ -113,9 +117,10 @@ TEST(GatedMlp, ValuesAndGradientsLieWithinTheRoundingOfFp64) {
 }
 
 TEST(GatedMlp, FarValuesSaturateAndNanStays) {
-  const at::Tensor gate = at::tensor({-1e4F, -88.0F, 88.0F, 1e4F, std::nanf(""), -0.0F}), up = at::ones({6});
+  const at::Tensor gate = at::tensor({-1e4F, -88.0F, 88.0F, 1e4F, std::nanf(""), -0.0F}).unsqueeze(0),
+                   up = at::ones({1, 6});
   const GatedRun run = run_gated(gate, up, up, false);
-  const auto at_index = [](const at::Tensor& t, int i) { return t[i].item<float>(); };
+  const auto at_index = [](const at::Tensor& t, int i) { return t[0][i].item<float>(); };
   EXPECT_EQ(at_index(run.out, 0), 0);
   EXPECT_NEAR(at_index(run.out, 1), 0, 1e-35);
   EXPECT_EQ(at_index(run.out, 2), 88);
@@ -127,16 +132,11 @@ TEST(GatedMlp, FarValuesSaturateAndNanStays) {
 }
 
 TEST(GatedMlp, StridesAndThreadCountChangeNoBit) {
-  // gate and up as the two halves of one fused product.
-  const at::Tensor both = random_tensor(1, {310, 2 * 333}), seed = random_tensor(2, {310, 333});
+  const at::Tensor wide = random_tensor(1, {310, 3 * 333}), seed = random_tensor(2, {310, 333});
   const auto compute = [&](bool dense) {
-    const at::Tensor gate = both.slice(1, 0, 333), up = both.slice(1, 333);
-    const at::Tensor g = (dense ? gate.contiguous() : gate).detach().requires_grad_(true);
-    const at::Tensor u = (dense ? up.contiguous() : up).detach().requires_grad_(true);
-    const at::Tensor out = silu_and_mul(g, u);
-    auto all = gradients(out, seed, {g, u});
-    all.push_back(out);
-    return all;
+    const at::Tensor part = wide.slice(1, 333), x = (dense ? part.contiguous() : part).detach().requires_grad_(true);
+    const at::Tensor out = silu_and_mul(x);
+    return std::vector<at::Tensor>{out, gradients(out, seed, {x})[0]};
   };
   const auto dense = compute(true), strided = compute(false);
   for (std::size_t i = 0; i < dense.size(); ++i) expect_same_bits(strided[i], dense[i], "strided");

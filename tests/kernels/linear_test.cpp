@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/instruction_set.hpp"
+#include "kernels/side_by_side.hpp"
 #include "tests/kernels/support.hpp"
 
 namespace shardtune::testing {
@@ -96,6 +97,87 @@ TEST(Linear, TheNumberOfThreadsDoesNotChangeABit) {
             return all;
           },
           fmt::format("[{}, {}] -> {} {}", c.tokens, c.in, c.out, unit_of(dtype)));
+}
+
+TEST(Linear, LayersOfOneInputAreOneProduct) {
+  for (const bool has_bias : {true, false})
+    for (const bool lie_side_by_side : {true, false})
+      for (const at::ScalarType dtype : kDtypes) {
+        const std::vector<std::int64_t> outs{40, 7, 65};
+        const at::Tensor x = leaf(random_tensor(1, {75, 90}, dtype)), seed = random_tensor(4, {75, 112}, dtype);
+        const at::Tensor all_w = random_tensor(2, {112, 90}, dtype), all_b = random_tensor(3, {112}, dtype);
+        std::vector<LinearOperands> layers;
+        std::vector<at::Tensor> inputs{x};
+        for (std::int64_t i = 0, at = 0; i < 3; at += outs[static_cast<std::size_t>(i++)]) {
+          const auto cut = [&](const at::Tensor& all) {
+            const at::Tensor part = all.narrow(0, at, outs[static_cast<std::size_t>(i)]);
+            return (lie_side_by_side ? part : part.clone()).detach().requires_grad_(true);
+          };
+          layers.push_back({cut(all_w), has_bias ? cut(all_b) : at::Tensor()});
+          inputs.push_back(layers.back().weight);
+          if (has_bias) inputs.push_back(layers.back().bias);
+        }
+        const auto parts = split_columns(apply_linears(x, layers), outs);
+        const auto grads = gradients(at::cat(parts, 1), seed, inputs);
+        const at::Tensor one_x = leaf(x), one_w = leaf(all_w), one_b = leaf(all_b);
+        const at::Tensor y = apply_linear(one_x, one_w, has_bias ? one_b : at::Tensor());
+        const auto wanted = gradients(
+            y, seed, has_bias ? std::vector<at::Tensor>{one_x, one_w, one_b} : std::vector<at::Tensor>{one_x, one_w});
+        expect_same_bits(at::cat(parts, 1), y, "y");
+        expect_same_bits(grads[0], wanted[0], "dx");
+        std::vector<at::Tensor> dw, db;
+        for (std::size_t i = 1; i < grads.size(); ++i) (has_bias && i % 2 == 0 ? db : dw).push_back(grads[i]);
+        expect_same_bits(at::cat(dw), wanted[1], "dw");
+        if (has_bias) expect_same_bits(at::cat(db), wanted[2], "db");
+      }
+}
+
+TEST(Linear, AFrozenLayerAmongOthersGetsNoGradient) {
+  const at::Tensor x = leaf(random_tensor(1, {9, 6})), frozen = random_tensor(2, {4, 6}),
+                   w = leaf(random_tensor(3, {5, 6}));
+  const at::Tensor y = apply_linears(x, {{frozen}, {w}}), seed = random_tensor(4, {9, 9});
+  expect_within(gradients(y, seed, {w})[0], at::mm(exact(seed).narrow(1, 4, 5).t(), exact(x)),
+                16 * kUnit * at::mm(magnitude(seed).narrow(1, 4, 5).t(), magnitude(x)), "dw");
+}
+
+TEST(Linear, AnActivationInTheStoreChangesNoBit) {
+  for (const Activation activation : {Activation::gelu_erf, Activation::gelu_tanh, Activation::relu})
+    for (const bool is_transposed : {false, true})
+      for (const at::ScalarType dtype : kDtypes) {
+        const at::Tensor given_w = random_tensor(2, {77, 90}, dtype), seed = random_tensor(4, {75, 77}, dtype);
+        const auto run = [&](bool at_once) {
+          const at::Tensor x = leaf(random_tensor(1, {75, 90}, dtype)), b = leaf(random_tensor(3, {77}, dtype));
+          const at::Tensor w = leaf(is_transposed ? given_w.t().contiguous() : given_w);
+          const LinearOperands layer{is_transposed ? w.t() : w, b};
+          const at::Tensor y = at_once ? apply_activated_linear(x, layer, activation)
+                                       : activate(apply_linear(x, layer.weight, b), activation);
+          auto all = gradients(y, seed, {x, w, b});
+          all.push_back(y);
+          return all;
+        };
+        const auto own = run(true), wanted = run(false);
+        for (std::size_t i = 0; i < own.size(); ++i) expect_same_bits(own[i], wanted[i], fmt::format("tensor {}", i));
+      }
+}
+
+TEST(SideBySide, OnlyWhatLiesSideBySideIsAView) {
+  const at::Tensor all = random_tensor(1, {6, 10});
+  const auto columns = [&](std::int64_t at, std::int64_t n) { return all.narrow(1, at, n); };
+  const auto rows = [&](std::int64_t at, std::int64_t n) { return all.narrow(0, at, n); };
+  const auto expect = [&](const std::vector<at::Tensor>& parts, std::int64_t dim, bool is_view) {
+    const at::Tensor made = side_by_side(parts, dim);
+    expect_same_bits(made, at::cat(parts, dim), "cat");
+    EXPECT_EQ(made.is_alias_of(all), is_view);
+  };
+  expect({columns(0, 3), columns(3, 2), columns(5, 5)}, 1, true);
+  expect({columns(0, 3), columns(5, 5), columns(3, 2)}, 1, false);
+  expect({columns(0, 3), columns(4, 6)}, 1, false);
+  expect({columns(0, 3), columns(3, 3)}, 1, false);  // not the whole rows
+  expect({rows(1, 2), rows(3, 1)}, 0, true);
+  expect({rows(1, 2), rows(4, 1)}, 0, false);
+  expect({rows(3, 1), rows(1, 2)}, 0, false);
+  expect({rows(1, 2), rows(3, 1).clone()}, 0, false);
+  expect({all.flatten().narrow(0, 2, 5), all.flatten().narrow(0, 7, 4)}, 0, true);
 }
 
 TEST(Linear, RepeatedRunsGiveTheSameBits) {
