@@ -38,15 +38,26 @@ void check_labels(const at::Tensor& labels, std::int64_t classes) {
                                         label[i], i, classes, kIgnoredLabel));
 }
 
+// Lanes beyond the row's end hold `none`.
 template <class T>
-SHARDTUNE_INLINE Float load_logits(const T* row, std::int64_t at, std::int64_t width) {
-  constexpr float kNone = -std::numeric_limits<float>::infinity();
-  return width - at >= kLanes ? simd::load(row + at) : simd::load_some(row + at, width - at, kNone);
+SHARDTUNE_INLINE Float load_or(const T* row, std::int64_t at, std::int64_t width, float none) {
+  return width - at >= kLanes ? simd::load(row + at) : simd::load_some(row + at, width - at, none);
 }
 
-// Loss of one row; with `scale` the row is overwritten by its gradient times scale.
 template <class T>
-SHARDTUNE_INLINE double softmax_row(T* row, std::int64_t width, std::int64_t label, const float* scale) {
+SHARDTUNE_INLINE Float load_logits(const T* row, std::int64_t at, std::int64_t width) {
+  return load_or(row, at, width, -std::numeric_limits<float>::infinity());
+}
+
+// What becomes of a row of logits.
+struct RowLoss {
+  double smoothing;    // share of the target that is spread evenly over all classes
+  const float* scale;  // of the gradient; null = only the loss is wanted
+};
+
+// Loss of one row; with a scale the row is overwritten by its gradient times that. kIsSmoothed: whether smoothing > 0.
+template <bool kIsSmoothed, class T>
+SHARDTUNE_INLINE double softmax_row(T* row, std::int64_t width, std::int64_t label, const RowLoss& how) {
   Float largest = simd::broadcast(-std::numeric_limits<float>::infinity());
   for (std::int64_t at = 0; at < width; at += kLanes) {
     const Float x = load_logits(row, at, width);
@@ -54,38 +65,49 @@ SHARDTUNE_INLINE double softmax_row(T* row, std::int64_t width, std::int64_t lab
   }
   float max = largest[0];
   for (std::int64_t i = 1; i < kLanes; ++i) max = std::max(max, largest[i]);
-  double sum = 0;
+  // Of e^(x - max), and of x - max itself.
+  double sum = 0, distance = 0;
   for (std::int64_t block = 0; block < width; block += 64 * kLanes) {  // short fp32 sums, long ones in double
-    Float part{};
-    for (std::int64_t at = block; at < std::min(width, block + 64 * kLanes); at += kLanes)
+    Float part{}, distance_part{};
+    for (std::int64_t at = block; at < std::min(width, block + 64 * kLanes); at += kLanes) {
       part += simd::exp_non_positive(load_logits(row, at, width) - max);
+      if constexpr (kIsSmoothed) distance_part += load_or(row, at, width, max) - max;
+    }
     sum += simd::sum_lanes(part);
+    if constexpr (kIsSmoothed) distance += simd::sum_lanes(distance_part);
   }
-  const double loss = std::log(sum) + static_cast<double>(max) - static_cast<double>(static_cast<float>(row[label]));
-  if (scale == nullptr) return loss;
+  double loss = std::log(sum) + static_cast<double>(max) - static_cast<double>(static_cast<float>(row[label]));
+  if constexpr (kIsSmoothed)
+    loss = (1 - how.smoothing) * loss + how.smoothing * (std::log(sum) - distance / static_cast<double>(width));
+  if (how.scale == nullptr) return loss;
   const float target = static_cast<float>(row[label]) - max;
-  const auto factor = static_cast<float>(static_cast<double>(*scale) / sum);
+  const auto factor = static_cast<float>(static_cast<double>(*how.scale) / sum);
+  const double share = how.smoothing / static_cast<double>(width);  // of each class in the target
+  const auto scaled_share = static_cast<float>(static_cast<double>(*how.scale) * share);
   for (std::int64_t at = 0; at < width; at += kLanes) {
-    const Float g = simd::exp_non_positive(load_logits(row, at, width) - max) * factor;
+    Float g = simd::exp_non_positive(load_logits(row, at, width) - max) * factor;
+    if constexpr (kIsSmoothed) g -= scaled_share;
     if (width - at >= kLanes)
       simd::store(row + at, g);
     else
       simd::store_some(row + at, g, width - at);
   }
   // p - 1 from the complement, so that a confident row keeps its digits.
-  row[label] = static_cast<T>(static_cast<float>(std::expm1(static_cast<double>(target) - std::log(sum))) * *scale);
+  double label_gradient = std::expm1(static_cast<double>(target) - std::log(sum));
+  if constexpr (kIsSmoothed) label_gradient += how.smoothing - share;
+  row[label] = static_cast<T>(static_cast<float>(label_gradient) * *how.scale);
   return loss;
 }
 
-template <class T>
-double softmax_rows(at::Tensor& logits, const std::int64_t* labels, const float* scale) {
+template <bool kIsSmoothed, class T>
+double softmax_rows(at::Tensor& logits, const std::int64_t* labels, const RowLoss& how) {
   const std::int64_t rows = logits.size(0), width = logits.size(1);
   T* data = logits.mutable_data_ptr<T>();
   std::vector<double> losses(static_cast<std::size_t>(rows));
   at::parallel_for(0, rows, 8, [&](std::int64_t begin, std::int64_t end) {
     simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
       for (std::int64_t r = begin; r < end; ++r)
-        losses[static_cast<std::size_t>(r)] = softmax_row(data + r * width, width, labels[r], scale);
+        losses[static_cast<std::size_t>(r)] = softmax_row<kIsSmoothed>(data + r * width, width, labels[r], how);
     });
   });
   double sum = 0;
@@ -115,13 +137,16 @@ HeadResult run_head(const HeadInputs& in, const HeadOptions& options) {
   const at::Tensor labels = in.labels.index_select(0, rows);
   const bool wants_grad = in.wants_hidden_grad || in.wants_weight_grad;
   const auto scale = static_cast<float>(options.loss_scale);
+  const RowLoss how{.smoothing = options.label_smoothing, .scale = wants_grad ? &scale : nullptr};
   for (std::int64_t begin = 0; begin < rows.numel(); begin += chunk) {
     const at::Tensor chunk_rows = rows.slice(0, begin, std::min(rows.numel(), begin + chunk));
     const at::Tensor hidden = in.hidden.index_select(0, chunk_rows);
     at::Tensor logits = matrix_product(hidden, in.weight.t());
     const auto* label = labels.const_data_ptr<std::int64_t>() + begin;
     with_element_type(logits.scalar_type(), [&](auto element) {
-      result.loss += softmax_rows<decltype(element)>(logits, label, wants_grad ? &scale : nullptr);
+      using T = decltype(element);
+      result.loss +=
+          how.smoothing > 0 ? softmax_rows<true, T>(logits, label, how) : softmax_rows<false, T>(logits, label, how);
     });
     if (in.wants_hidden_grad) result.hidden_grad.index_copy_(0, chunk_rows, matrix_product(logits, in.weight));
     if (in.wants_weight_grad) matrix_product_add(logits.t(), hidden, result.weight_grad);
@@ -162,10 +187,12 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
 
 }  // namespace
 
-at::Tensor cross_entropy_sum(const at::Tensor& logits, const at::Tensor& labels, double loss_scale) {
+at::Tensor cross_entropy_sum(const at::Tensor& logits, const at::Tensor& labels, double loss_scale,
+                             double label_smoothing) {
   const at::Tensor flat_labels = labels.contiguous();
   check_labels(flat_labels, logits.size(1));
-  const at::Tensor sum = at::cross_entropy_loss(logits, flat_labels, {}, at::Reduction::Sum, kIgnoredLabel);
+  const at::Tensor sum =
+      at::cross_entropy_loss(logits, flat_labels, {}, at::Reduction::Sum, kIgnoredLabel, label_smoothing);
   return loss_scale == 1.0 ? sum : sum * loss_scale;
 }
 
@@ -174,6 +201,8 @@ at::Tensor linear_cross_entropy_sum(const at::Tensor& hidden, const at::Tensor& 
   check_internal(
       hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) && labels.numel() == hidden.size(0),
       "the fused head takes hidden [T, D], weight [V, D] and labels [T]");
+  check_internal(options.label_smoothing >= 0 && options.label_smoothing <= 1,
+                 "label smoothing is a share from 0 to 1");
   const at::Tensor flat_labels = labels.contiguous();
   check_labels(flat_labels, weight.size(0));
   if (!at::GradMode::is_enabled() || !(hidden.requires_grad() || weight.requires_grad())) {
@@ -184,10 +213,10 @@ at::Tensor linear_cross_entropy_sum(const at::Tensor& hidden, const at::Tensor& 
 }
 
 at::Tensor linear_cross_entropy_sum_reference(const at::Tensor& hidden, const at::Tensor& weight,
-                                              const at::Tensor& labels, double loss_scale) {
+                                              const at::Tensor& labels, double loss_scale, double label_smoothing) {
   const at::Tensor logits = at::matmul(hidden, weight.t());
   return at::cross_entropy_loss(logits.scalar_type() == at::kDouble ? logits : logits.to(at::kFloat), labels, {},
-                                at::Reduction::Sum, kIgnoredLabel) *
+                                at::Reduction::Sum, kIgnoredLabel, label_smoothing) *
          loss_scale;
 }
 

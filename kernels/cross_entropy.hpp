@@ -1,6 +1,9 @@
 #pragma once
 // Cross-entropy losses as SUMS times a factor. Labels are int64; kIgnoredLabel is not counted. A label outside [0, C)
 // that is not kIgnoredLabel is Error{data}. All sums in fp32 or better.
+// label_smoothing, a share e from 0 to 1 (Szegedy et al. 2016): the target is 1 - e at the label plus e / C everywhere;
+// a loss is (1 - e) * -log p[label] + e * mean of -log p over all classes, its gradient p - (1 - e) onehot - e / C, as
+// transformers' LabelSmoother and torch's label_smoothing have it. 0 = the plain loss, with the bits it has without it.
 // Legend: T tokens, D hidden size, V vocabulary, S examples, C classes.
 #include <cstdint>
 #include <memory>
@@ -14,10 +17,12 @@ namespace shardtune {
 inline constexpr std::int64_t kIgnoredLabel = -100;
 
 // Classification: logits [S, C] fp32, labels [S]. Result: fp32 scalar, loss_scale * sum of the losses.
-at::Tensor cross_entropy_sum(const at::Tensor& logits, const at::Tensor& labels, double loss_scale);
+at::Tensor cross_entropy_sum(const at::Tensor& logits, const at::Tensor& labels, double loss_scale,
+                             double label_smoothing = 0.0);
 
 struct HeadOptions {
   double loss_scale = 1.0;
+  double label_smoothing = 0.0;
   std::int64_t chunk_rows = 0;  // 0 = chosen from V and dtype alone (about 128 MiB of logits a chunk, 1024 rows at most)
   std::shared_ptr<TiedGradient> tied = nullptr;  // see embedding.hpp; set when weight is also the embedding table
 };
@@ -32,6 +37,7 @@ struct HeadOptions {
 at::Tensor linear_cross_entropy_sum(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& labels,
                                     const HeadOptions& options);
 at::Tensor linear_cross_entropy_sum_reference(const at::Tensor& hidden, const at::Tensor& weight,
-                                              const at::Tensor& labels, double loss_scale);
+                                              const at::Tensor& labels, double loss_scale,
+                                              double label_smoothing = 0.0);
 
 }  // namespace shardtune

@@ -84,7 +84,10 @@ void add_kernels(Digest& digest, std::int64_t width, at::ScalarType dtype) {
   if (dtype != at::kBFloat16) digest.add(varlen_attention(q, k, v, attention), {q, k, v});
   const at::Tensor hidden = input(7, {kTokens, 8}), head = input(8, {width + 3, 8});
   if (dtype != at::kBFloat16)
-    digest.add(linear_cross_entropy_sum(hidden, head, ids, {.loss_scale = 0.3, .chunk_rows = 32}), {hidden, head});
+    for (const double smoothing : {0.0, 0.1})
+      digest.add(linear_cross_entropy_sum(hidden, head, ids,
+                                          {.loss_scale = 0.3, .label_smoothing = smoothing, .chunk_rows = 32}),
+                 {hidden, head});
 }
 
 void add_optimizers(Digest& digest, std::int64_t numel) {
