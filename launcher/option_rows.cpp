@@ -54,6 +54,8 @@ void add_batch_rows(OptionTable& table, TrainOptions& train) {
   table.add("train_sampling_strategy", train.train_sampling_strategy, "random|sequential", "sequential keeps the file's order");
   table.add("dataloader_drop_last", train.dataloader_drop_last, "drop the incomplete last step of an epoch");
   table.add("loss_normalization", train.loss_normalization, "global", "loss = sum over the labelled tokens (or examples) of the step / their number");
+  table.begin_group("Training", {"train", "evaluate"});
+  table.add("label_smoothing_factor", train.label_smoothing_factor, "share of the target spread evenly over all classes; in eval_loss, too");
   table.begin_group("Training", kInference);
   table.add("seed", train.seed, "of weights that the model's files do not hold");
 }

@@ -185,7 +185,8 @@ ModelOutput Bert::forward(const Batch& batch, UnitRunner& runner, const ForwardC
   // The small head is computed in fp32: rounding logits to bf16 would cost digits and save nothing.
   output.logits = apply_linear(dropped_SD.to(at::kFloat), classifier_.weight->value.to(at::kFloat),
                                classifier_.bias->value.to(at::kFloat));
-  if (batch.labels.defined()) output.loss_sum = cross_entropy_sum(output.logits, batch.labels, options.loss_scale);
+  if (batch.labels.defined())
+    output.loss_sum = cross_entropy_sum(output.logits, batch.labels, options.loss_scale, options.label_smoothing);
   return output;
 }
 

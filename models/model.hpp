@@ -30,6 +30,7 @@ struct ForwardOptions {
   // The loss is multiplied by this before it is returned; the chunked head needs the factor in the forward pass.
   // Trainer: 1 / (labelled tokens or examples of the whole step).
   double loss_scale = 1.0;
+  double label_smoothing = 0.0;  // of every loss, see kernels/cross_entropy.hpp
 };
 
 class Model {

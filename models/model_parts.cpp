@@ -88,8 +88,9 @@ ModelOutput run_causal_lm_head(const at::Tensor& hidden, const at::Tensor& head,
   ModelOutput output;
   if (options.want_logits) output.logits = apply_linear(hidden, head).to(at::kFloat);
   if (batch.labels.defined())
-    output.loss_sum =
-        linear_cross_entropy_sum(hidden, head, batch.labels, {.loss_scale = options.loss_scale, .tied = tied});
+    output.loss_sum = linear_cross_entropy_sum(
+        hidden, head, batch.labels,
+        {.loss_scale = options.loss_scale, .label_smoothing = options.label_smoothing, .tied = tied});
   return output;
 }
 

@@ -175,6 +175,7 @@ TrainerSettings trainer_settings(const RunOptions& options, std::int64_t steps_p
   settings.eval_on_start = train.eval_on_start;
   settings.log_memory = train.log_memory;
   settings.max_grad_norm = train.max_grad_norm;
+  settings.label_smoothing = train.label_smoothing_factor;
   settings.seed = static_cast<std::uint64_t>(train.seed);
   settings.load_best_model_at_end = train.load_best_model_at_end;
   const std::string metric = train.metric_for_best_model.empty() ? "loss" : train.metric_for_best_model;

@@ -84,7 +84,9 @@ void run_inference(const InferenceSetup& setup, const Dataset& dataset, const Ba
     // A rank without a batch runs the round's first one again: its collectives are needed by the others.
     if (is_real || setup.engine.runs_every_round()) {
       const Batch batch = read_batch(setup, dataset, is_real ? mine : first);
-      const ModelOutput output = setup.model.forward(batch, setup.engine.runner(), {}, {.want_logits = setup.want_logits});
+      const ModelOutput output =
+          setup.model.forward(batch, setup.engine.runner(), {},
+                              {.want_logits = setup.want_logits, .label_smoothing = setup.label_smoothing});
       if (is_real) text = handle(batch, output);
     }
     const std::vector<std::string> texts = all_gather_strings(setup.world, text);

@@ -21,6 +21,7 @@ struct InferenceSetup {
   Communicator& world;
   std::int64_t batch_size = 8;   // examples per forward pass
   bool want_logits = false;      // causal LM: also return [T, V] logits
+  double label_smoothing = 0.0;  // of the loss
 };
 
 // Collective. Batches are consecutive rows; rank r of N computes batches r, r + N, ... On every rank `handle` is called
@@ -32,7 +33,8 @@ void run_inference(const InferenceSetup& setup, const Dataset& dataset, const Ba
 
 // Collective; the same object on every rank and at any number of ranks. Keys with HF names, without step and epoch:
 // eval_loss, eval_samples, eval_runtime, eval_samples_per_second, and eval_accuracy, eval_f1 (macro) for classification
-// or eval_perplexity for causal LM. eval_loss is the mean over all labelled examples or tokens.
+// or eval_perplexity for causal LM. eval_loss is the mean over all labelled examples or tokens,
+// with the setup's label smoothing.
 nlohmann::json evaluate(const InferenceSetup& setup, const Dataset& dataset);
 
 }  // namespace shardtune

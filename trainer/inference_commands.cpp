@@ -45,8 +45,12 @@ class LineSink {
 };
 
 InferenceSetup make_setup(const RunOptions& options, LoadedModel& loaded, Communicator& world, bool want_logits) {
-  return {.model = *loaded.model, .engine = *loaded.engine, .world = world,
-          .batch_size = options.train.per_device_eval_batch_size, .want_logits = want_logits};
+  return {.model = *loaded.model,
+          .engine = *loaded.engine,
+          .world = world,
+          .batch_size = options.train.per_device_eval_batch_size,
+          .want_logits = want_logits,
+          .label_smoothing = options.train.label_smoothing_factor};
 }
 
 // What a command makes of the input's rows.

@@ -155,6 +155,8 @@ void validate(const RunOptions& options, const std::string& command) {
   need(options.data.max_seq_length >= 0, "max_seq_length", options.data.max_seq_length, "0 (= what the model allows) or more is needed");
   need(options.data.max_train_samples >= 0, "max_train_samples", options.data.max_train_samples, "0 (= all) or more is needed");
   need(options.data.max_eval_samples >= 0, "max_eval_samples", options.data.max_eval_samples, "0 (= all) or more is needed");
+  need(train.label_smoothing_factor >= 0 && train.label_smoothing_factor < 1, "label_smoothing_factor",
+       train.label_smoothing_factor, "a share from 0 (= no smoothing) to below 1 is needed; 0.1 is common");
   need_one_of("log_level", train.log_level, {"debug", "info", "warn", "error"});
   if (command != "train") return;
   if (options.data.train_file.empty()) fail(ErrorKind::config, "--train_file is missing: the rows to train on");

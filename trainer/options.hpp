@@ -42,6 +42,7 @@ struct TrainOptions {
   std::string adam_state_dtype = "fp32";     // or "bf16"
   std::string reduction = "tree";            // or "fast"
   std::string loss_normalization = "global";
+  double label_smoothing_factor = 0.0;  // of the loss in training and in evaluation, as in Hugging Face
   std::int64_t per_device_train_batch_size = 8, per_device_eval_batch_size = 8;
   std::int64_t gradient_accumulation_steps = 1;
   std::int64_t global_batch_size = 0;        // 0 = per_device x accumulation x ranks of the first start

@@ -50,7 +50,8 @@ nlohmann::json RunIdentity::to_json() const {
           {"data_seed", data_seed},
           {"train_sampling_strategy", train_sampling_strategy},
           {"dataloader_drop_last", dataloader_drop_last},
-          {"optimizer", optimizer}};
+          {"optimizer", optimizer},
+          {"label_smoothing_factor", label_smoothing_factor}};
 }
 
 RunIdentity RunIdentity::from_json(const nlohmann::json& json, const std::string& origin) {
@@ -72,6 +73,7 @@ RunIdentity RunIdentity::from_json(const nlohmann::json& json, const std::string
   id.train_sampling_strategy = text("train_sampling_strategy");
   id.dataloader_drop_last = json_get<bool>(json, "dataloader_drop_last", origin);
   id.optimizer = json_get_or<std::string>(json, "optimizer", id.optimizer, origin);
+  id.label_smoothing_factor = json_get_or<double>(json, "label_smoothing_factor", 0.0, origin);
   return id;
 }
 
@@ -92,6 +94,7 @@ RunIdentity fresh_identity(const RunOptions& options, int num_ranks) {
   id.train_sampling_strategy = train.train_sampling_strategy;
   id.dataloader_drop_last = train.dataloader_drop_last;
   id.optimizer = optimizer_family(optimizer_settings(train));
+  id.label_smoothing_factor = train.label_smoothing_factor;
   return id;
 }
 
@@ -109,6 +112,7 @@ void adopt_identity(const RunIdentity& stored, RunOptions& options) {
   train.data_seed = data_seed;
   adopt("train_sampling_strategy", stored.train_sampling_strategy, train.train_sampling_strategy, options);
   adopt("dataloader_drop_last", stored.dataloader_drop_last, train.dataloader_drop_last, options);
+  adopt("label_smoothing_factor", stored.label_smoothing_factor, train.label_smoothing_factor, options);
 }
 
 void check_same_run(const RunIdentity& stored, const RunIdentity& now) {

@@ -28,6 +28,7 @@ struct RunIdentity {
   std::string train_sampling_strategy;
   bool dataloader_drop_last = false;
   std::string optimizer = "adamw";           // optimizer_family(): whose state the checkpoints hold
+  double label_smoothing_factor = 0.0;
 
   nlohmann::json to_json() const;
   static RunIdentity from_json(const nlohmann::json& json, const std::string& origin);

@@ -200,8 +200,11 @@ void TrainRun::load_weights() {
 }
 
 nlohmann::json TrainRun::evaluate_now() {
-  const InferenceSetup setup{.model = *model_, .engine = *engine_, .world = world_,
-                             .batch_size = options_.train.per_device_eval_batch_size};
+  const InferenceSetup setup{.model = *model_,
+                             .engine = *engine_,
+                             .world = world_,
+                             .batch_size = options_.train.per_device_eval_batch_size,
+                             .label_smoothing = options_.train.label_smoothing_factor};
   return evaluate(setup, *eval_data_);
 }
 

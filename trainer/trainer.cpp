@@ -123,7 +123,8 @@ void Trainer::forward_backward(const StepBatches& batches, std::vector<double>& 
     const auto held = [&] { return tensor_bytes() - engine.memory().compute.current(); };
     const std::int64_t held_before = held();
     engine.begin_micro_batch(round);
-    const ModelOutput output = parts_.model.forward(batch, engine.runner(), context, {.loss_scale = scale});
+    const ForwardOptions options{.loss_scale = scale, .label_smoothing = settings_.label_smoothing};
+    const ModelOutput output = parts_.model.forward(batch, engine.runner(), context, options);
     activation_bytes_ = std::max(activation_bytes_, held() - held_before);
     if (index >= 0) losses[static_cast<std::size_t>(index)] = output.loss_sum.item<double>() / loss_scale;
     engine.backward(output.loss_sum);

@@ -32,6 +32,7 @@ struct TrainerSettings {
   bool logging_first_step = false, eval_on_start = false;
   bool log_memory = false;
   double max_grad_norm = 1.0;
+  double label_smoothing = 0.0;
   std::uint64_t seed = 42;
   bool load_best_model_at_end = false;   // track the best evaluation
   std::string metric_for_best_model = "eval_loss";

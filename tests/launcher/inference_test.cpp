@@ -1,5 +1,7 @@
 // predict and score as commands: one line per input row, whatever the rows' labels and lengths.
+#include <cmath>
 #include <fstream>
+#include <map>
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
@@ -104,6 +106,28 @@ TEST_F(Inference, ScoreRefusesARowOfACausalModelThatItCannotTakeWhole) {
   EXPECT_EQ(result.exit_code, 3) << result.output;
   for (const char* words : {"input.jsonl:2", "41 tokens", "40"})
     EXPECT_NE(result.output.find(words), std::string::npos) << result.output;
+}
+
+// The loss is linear in the factor; the other metrics do not know of it.
+TEST_F(Inference, EvaluateSmoothsItsLossAsHuggingFaceDoes) {
+  write_input(
+      {{{"text", "w1 w2"}, {"label", 0}}, {{"text", "w3 w4 w5"}, {"label", 1}}, {{"text", "w6 w7"}, {"label", 1}}});
+  for (const TinyFamily family : {TinyFamily::bert, TinyFamily::llama}) {
+    std::map<int, nlohmann::json> metrics;  // by percent
+    for (const int percent : {0, 20, 60}) {
+      const auto lines = lines_of(fmt::format("evaluate --label_smoothing_factor 0.{:02}", percent), family);
+      ASSERT_EQ(lines.size(), 1U);
+      metrics[percent] = lines[0];
+    }
+    const auto loss = [&](int percent) { return metrics[percent].at("eval_loss").get<double>(); };
+    EXPECT_GT(std::abs(loss(20) - loss(0)), 1e-6);
+    EXPECT_NEAR(loss(60) - loss(0), 3 * (loss(20) - loss(0)), 1e-6 * loss(0));
+    if (family == TinyFamily::bert) {
+      EXPECT_EQ(metrics[60].at("eval_f1"), metrics[0].at("eval_f1"));
+    } else {
+      EXPECT_NEAR(metrics[60].at("eval_perplexity").get<double>(), std::exp(loss(60)), 1e-6 * std::exp(loss(60)));
+    }
+  }
 }
 
 }  // namespace

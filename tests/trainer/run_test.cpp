@@ -1,4 +1,5 @@
-// What a whole run evaluates, saves and exports, and what a resumed one takes over.
+// What a whole run computes as its loss, evaluates, saves and exports, and what a resumed one takes over.
+#include <cmath>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -44,6 +45,47 @@ Steps recorded_steps(const RunOptions& options, const char* key) {
     if (record.contains(key)) steps.push_back(record.at("step").get<std::int64_t>());
   }
   return steps;
+}
+
+// The values of `key` in metrics.jsonl.
+std::vector<double> recorded(const RunOptions& options, const char* key) {
+  std::vector<double> values;
+  std::ifstream file(options.train.output_dir + "/metrics.jsonl");
+  for (std::string line; std::getline(file, line);) {
+    const nlohmann::json record = nlohmann::json::parse(line);
+    if (record.contains(key)) values.push_back(record.at(key).get<double>());
+  }
+  return values;
+}
+
+// Where nothing is learned every loss is linear in the factor; that the values are transformers' the golden models
+// show.
+TEST(LabelSmoothing, ReachesEveryLossOfTrainingAndEvaluation) {
+  for (const TinyFamily family : {TinyFamily::bert, TinyFamily::llama}) {
+    const auto directory = fresh_directory("label_smoothing");
+    RunOptions options = make_tiny_run(directory, family);
+    options.train.learning_rate = 0;
+    options.train.max_steps = 3;
+    options.train.eval_strategy = Interval::steps;
+    options.train.eval_steps = 3;
+    options.train.eval_on_start = true;
+    const std::vector<std::string> keys{"loss", "loss", "loss", "eval_loss", "eval_loss"};
+    std::vector<std::vector<double>> losses;
+    for (const double factor : {0.0, 0.2, 0.6}) {
+      options.train.label_smoothing_factor = factor;
+      options.train.output_dir = (directory / fmt::format("out_{}", factor)).string();
+      train_on_threads(options, 2);
+      losses.push_back(recorded(options, "loss"));
+      for (const double loss : recorded(options, "eval_loss")) losses.back().push_back(loss);
+      ASSERT_EQ(losses.back().size(), keys.size());
+    }
+    for (std::size_t i = 0; i < keys.size(); ++i) {
+      const double plain = losses[0][i], change = losses[1][i] - plain;
+      EXPECT_GT(std::abs(change), 1e-5) << keys[i] << ", record " << i;
+      EXPECT_NEAR(losses[2][i] - plain, 3 * change, 2e-6 * plain) << keys[i] << ", record " << i;
+    }
+    std::filesystem::remove_all(directory);
+  }
 }
 
 // Nothing is learned, so the first of equal evaluations stays the best; no save is due at its step.
@@ -167,6 +209,7 @@ class Resume : public testing::Test {
     RunOptions options = options_;
     options.train.seed = 42;
     options.train.global_batch_size = 0;
+    options.train.label_smoothing_factor = 0;
     options.data.max_seq_length = 0;
     options.train.resume_from_checkpoint = "true";
     options.train.max_steps = 8;
@@ -180,6 +223,7 @@ class Resume : public testing::Test {
 TEST_F(Resume, TakesOverWhatTheRunWasStartedWith) {
   options_.train.seed = 7;
   options_.data.max_seq_length = 9;
+  options_.train.label_smoothing_factor = 0.1;
   options_.train.max_steps = 8;
   const std::string uninterrupted = train_on_threads(options_, 2);
   options_.train.output_dir += "_in_two_parts";
@@ -196,6 +240,12 @@ TEST_F(Resume, RefusesWhatContradictsIt) {
   options.explicitly_set = {"seed"};
   const std::string said = error_of(ErrorKind::config, [&] { train_on_threads(options, 1); });
   for (const char* word : {"--seed = 8", "started with 42"}) EXPECT_NE(said.find(word), std::string::npos) << said;
+  RunOptions smoothed = resumed();
+  smoothed.train.label_smoothing_factor = 0.1;
+  smoothed.explicitly_set = {"label_smoothing_factor"};
+  const std::string also_said = error_of(ErrorKind::config, [&] { train_on_threads(smoothed, 1); });
+  for (const char* word : {"--label_smoothing_factor = 0.1", "started with 0"})
+    EXPECT_NE(also_said.find(word), std::string::npos) << also_said;
 }
 
 TEST(Options, AnExplicitShardingMustAgreeWithFsdp) {
@@ -224,6 +274,24 @@ TEST(Options, NumbersThatWouldNotSurviveTheirUseAreRefused) {
   EXPECT_NE(size.find("--hsdp_shard_size = 4294967298: 0"), std::string::npos) << size;
   const std::string budget = said([](TrainOptions& train) { train.activation_memory_budget = std::int64_t{1} << 44; });
   EXPECT_NE(budget.find("--activation_memory_budget = 17592186044416: 0"), std::string::npos) << budget;
+  std::filesystem::remove_all(directory);
+}
+
+TEST(Options, LabelSmoothingIsAShareBelowOne) {
+  const auto directory = fresh_directory("label_smoothing_share");
+  RunOptions options = make_tiny_run(directory, TinyFamily::bert);
+  for (const double good : {0.0, 0.1, 0.999}) {
+    options.train.label_smoothing_factor = good;
+    for (const char* command : {"train", "evaluate"}) EXPECT_NO_THROW(validate(options, command));
+  }
+  for (const double bad : {-0.1, 1.0, std::nan("")}) {
+    options.train.label_smoothing_factor = bad;
+    for (const char* command : {"train", "evaluate"}) {
+      const std::string said = error_of(ErrorKind::config, [&] { validate(options, command); });
+      const std::string wanted = fmt::format("--label_smoothing_factor = {}: a share from 0", bad);
+      EXPECT_NE(said.find(wanted), std::string::npos) << said;
+    }
+  }
   std::filesystem::remove_all(directory);
 }
 
