@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Writes the golden files of this folder with the real Hugging Face libraries: small random models, one batch of
 uneven examples run one by one (no padding), logits, summed loss, gradients, and three AdamW steps. The case `optimizers`
-holds what torch's optimizers make of one vector over many steps.
+holds what torch's optimizers make of one vector over many steps; those called `*_smoothed` have the loss of transformers'
+LabelSmoother, what its Trainer computes with label_smoothing_factor.
 
 Run with torch 2.11 and transformers 5 on a CPU:  python make_golden.py [NAME ...]
 """
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import (BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig,
                           LlamaForCausalLM)
+from transformers.trainer_pt_utils import LabelSmoother
 
 HERE = pathlib.Path(__file__).parent
 LR, BETAS, EPS, DECAY, STEPS = 1e-3, (0.9, 0.999), 1e-8, 0.01, 3
@@ -33,15 +35,21 @@ def examples(vocab, lengths, seed):
     return [torch.randint(0, vocab, (n,), generator=generator) for n in lengths]
 
 
+def summed_loss(logits, batch):
+    if batch["smoothing"]:
+        return LabelSmoother(epsilon=batch["smoothing"])({"logits": logits}, batch["labels"], num_items_in_batch=1)
+    return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum", ignore_index=-100)
+
+
 def bert_forward(model, batch):
     logits = torch.cat([model(input_ids=ids[None], token_type_ids=types[None]).logits
                         for ids, types in zip(batch["rows"], batch["types"])])
-    return logits, torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum")
+    return logits, summed_loss(logits, batch)
 
 
 def causal_forward(model, batch):
     logits = torch.cat([model(input_ids=ids[None]).logits[0] for ids in batch["rows"]])
-    return logits, torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum", ignore_index=-100)
+    return logits, summed_loss(logits, batch)
 
 
 def flat(rows):
@@ -63,6 +71,8 @@ def write(name, model, batch, forward):
         tensors[f"grads.{n}"] = p.grad.clone()
     tensors |= {"logits": logits.detach(), "loss": loss.detach().reshape(1), "labels": batch["labels"],
                 "ids": flat(batch["rows"]), "lengths": torch.tensor([len(r) for r in batch["rows"]])}
+    if batch["smoothing"]:
+        tensors["label_smoothing"] = torch.tensor([batch["smoothing"]], dtype=torch.float32)
     if "types" in batch:
         tensors["token_types"] = flat(batch["types"])
     named = list(model.named_parameters())
@@ -84,23 +94,24 @@ def write(name, model, batch, forward):
     (HERE / f"{name}.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
-def bert(name, **changes):
+def bert(name, smoothing=0.0, **changes):
     config = BertConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
                         max_position_embeddings=32, num_labels=3, **changes)
     torch.manual_seed(1)
     rows = examples(config.vocab_size, (5, 1, 17, 9), 2)
     batch = {"rows": rows, "types": [(torch.arange(len(r)) > len(r) // 2).long() for r in rows],
-             "labels": torch.tensor([2, 0, 1, 2])}
+             "labels": torch.tensor([2, 0, 1, 2]), "smoothing": smoothing}
     write(name, randomized(BertForSequenceClassification(config), 3), batch, bert_forward)
 
 
-def gpt2(name, **changes):
+def gpt2(name, smoothing=0.0, **changes):
     config = GPT2Config(vocab_size=67, n_embd=24, n_layer=2, n_head=3, n_positions=32, **changes)
     torch.manual_seed(7)
     rows = examples(config.vocab_size, (7, 1, 19, 10), 8)
     labels = [torch.cat([r[1:], torch.tensor([-100])]) for r in rows]
     labels[2][:6] = -100
-    write(name, randomized(GPT2LMHeadModel(config), 9), {"rows": rows, "labels": flat(labels)}, causal_forward)
+    batch = {"rows": rows, "labels": flat(labels), "smoothing": smoothing}
+    write(name, randomized(GPT2LMHeadModel(config), 9), batch, causal_forward)
 
 
 def llama(name, **changes):
@@ -110,7 +121,8 @@ def llama(name, **changes):
     rows = examples(config.vocab_size, (7, 1, 19, 10), 5)
     labels = [torch.cat([r[1:], torch.tensor([-100])]) for r in rows]
     labels[2][:6] = -100
-    write(name, randomized(LlamaForCausalLM(config), 6), {"rows": rows, "labels": flat(labels)}, causal_forward)
+    batch = {"rows": rows, "labels": flat(labels), "smoothing": 0.0}
+    write(name, randomized(LlamaForCausalLM(config), 6), batch, causal_forward)
 
 
 OPTIMIZERS = {  # name: (class, options, steps)
@@ -147,7 +159,9 @@ CASES = {
     "optimizers": optimizers,
     "bert": lambda: bert("bert"),
     "bert_tanh_gelu": lambda: bert("bert_tanh_gelu", hidden_act="gelu_new", layer_norm_eps=1e-5),
+    "bert_smoothed": lambda: bert("bert_smoothed", smoothing=0.1),
     "gpt2": lambda: gpt2("gpt2"),
+    "gpt2_smoothed": lambda: gpt2("gpt2_smoothed", smoothing=0.1),
     "gpt2_untied": lambda: gpt2("gpt2_untied", tie_word_embeddings=False, n_inner=40, activation_function="gelu",
                                 scale_attn_by_inverse_layer_idx=True),
     "llama_tied": lambda: llama("llama_tied", tie_word_embeddings=True),

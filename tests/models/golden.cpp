@@ -76,6 +76,8 @@ Golden load_golden(const std::string& name) {
   for (Parameter* parameter : all_parameters(*golden.model))
     parameter->value = golden.tensors.at("weights." + parameter->name).clone().requires_grad_(true);
   golden.batch = make_batch(golden.tensors);
+  if (const auto it = golden.tensors.find("label_smoothing"); it != golden.tensors.end())
+    golden.label_smoothing = it->second.item<double>();
   return golden;
 }
 

@@ -17,6 +17,7 @@ struct Golden {
   nlohmann::json config;
   std::unique_ptr<Model> model;  // values: the recorded weights as fp32 leaves
   Batch batch;
+  double label_smoothing = 0.0;  // of the recorded losses and gradients
 };
 
 Golden load_golden(const std::string& name);

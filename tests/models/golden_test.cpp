@@ -32,6 +32,7 @@ class GoldenCase : public ::testing::TestWithParam<const char*> {
   Golden golden_ = load_golden(GetParam());
   PlainRunner runner_;
   ModelOutput forward(const Batch& batch, ForwardOptions options = {}, ForwardContext context = {}) {
+    options.label_smoothing = golden_.label_smoothing;
     return golden_.model->forward(batch, runner_, context, options);
   }
   void clear_gradients() {
@@ -132,7 +133,8 @@ TEST_P(GoldenCase, LayersArePureFunctionsWithDropoutToo) {
   const ForwardContext context{.is_training = true, .seed = 5, .step = 3, .micro_batch = 1};
   const double first = forward(golden_.batch, {}, context).loss_sum.item<double>();
   TwiceRunner twice;
-  EXPECT_EQ(golden_.model->forward(golden_.batch, twice, context, {}).loss_sum.item<double>(), first);
+  const ForwardOptions options{.label_smoothing = golden_.label_smoothing};
+  EXPECT_EQ(golden_.model->forward(golden_.batch, twice, context, options).loss_sum.item<double>(), first);
   if (!golden_.config.contains("hidden_dropout_prob")) return;
   ForwardContext other = context;
   other.micro_batch = 2;
@@ -162,7 +164,8 @@ TEST_P(GoldenCase, Bfloat16StaysNearFp32) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Transformers, GoldenCase,
-                         ::testing::Values("bert", "bert_tanh_gelu", "gpt2", "gpt2_untied", "llama_tied", "llama_untied", "llama_rope3"),
+                         ::testing::Values("bert", "bert_tanh_gelu", "bert_smoothed", "gpt2", "gpt2_untied",
+                                           "gpt2_smoothed", "llama_tied", "llama_untied", "llama_rope3"),
                          [](const auto& instance) { return std::string(instance.param); });
 
 }  // namespace
