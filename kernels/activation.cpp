@@ -45,40 +45,14 @@ SHARDTUNE_INLINE Float gelu_tanh(const Float& x) {
   return share + near * e * inverse * inverse * (square * (3.0F * kTwice * kCubic) + kTwice);
 }
 
-// x share(x), or its derivative. share = erfc(-x / sqrt(2)) / 2, by erfc(z) = e^(-z^2) t p(t), t = 1 / (1 + 0.375 z):
-// the form of Hastings (1955), with a polynomial fitted to a relative error of 1.2e-8 for z up to 9. Beyond kFar e is
-// 0.
-template <Wanted kWanted>
-SHARDTUNE_INLINE Float gelu_erf(const Float& x) {
-  constexpr float kFar = 13.5F, kPerStandard = 0.26516504294495535F, kDensity = 0.3989422804014327F;
-  constexpr float kPolynomial[] = {-0.28807734708287364F, 0.4338980722078673F,  -0.2310816494946219F,
-                                   0.274847995631094F,    0.12103717386579653F, 0.20543092390360637F,
-                                   0.21063342172027255F,  0.21161442045023465F};
-  Float near = x > kFar ? simd::broadcast(kFar) : x;
-  near = near < -kFar ? simd::broadcast(-kFar) : near;
-  const Float distance = near < 0.0F ? -near : near, e = simd::exp_non_positive(near * near * -0.5F);
-  const Float t = 1.0F / (distance * kPerStandard + 1.0F);
-  Float p = simd::broadcast(0.06169700011452893F);
-  for (const float coefficient : kPolynomial) p = p * t + coefficient;
-  const Float tail = e * t * p * 0.5F, share = near > 0.0F ? 1.0F - tail : tail;
-  if constexpr (kWanted == Wanted::value) return x * share;
-  return share + near * e * kDensity;
-}
-
-template <Activation kGelu, Wanted kWanted>
-SHARDTUNE_INLINE Float gelu(const Float& x) {
-  if constexpr (kGelu == Activation::gelu_erf) return gelu_erf<kWanted>(x);
-  return gelu_tanh<kWanted>(x);
-}
-
 // y = gelu(x), or y = gelu'(x) grad, of consecutive numbers.
-template <Activation kGelu, Wanted kWanted, class T>
+template <Wanted kWanted, class T>
 SHARDTUNE_INLINE void gelu_row(const T* x, [[maybe_unused]] const T* grad, T* y, std::int64_t numel) {
   const auto lanes = [&](std::int64_t at, std::int64_t count) SHARDTUNE_VECTOR_BODY {
     const auto load = [&](const T* from) SHARDTUNE_VECTOR_BODY {
       return count == kLanes ? simd::load(from + at) : simd::load_some(from + at, count, 0.0F);
     };
-    Float result = gelu<kGelu, kWanted>(load(x));
+    Float result = gelu_tanh<kWanted>(load(x));
     if constexpr (kWanted == Wanted::slope) result *= load(grad);
     if (count == kLanes)
       simd::store(y + at, result);
@@ -90,7 +64,6 @@ SHARDTUNE_INLINE void gelu_row(const T* x, [[maybe_unused]] const T* grad, T* y,
   if (whole < numel) lanes(whole, numel - whole);
 }
 
-template <Activation kGelu>
 at::Tensor run_gelu(const at::Tensor& x, const at::Tensor& grad) {
   at::Tensor y = at::empty_like(x);
   with_element_type(x.scalar_type(), [&](auto element) {
@@ -102,34 +75,32 @@ at::Tensor run_gelu(const at::Tensor& x, const at::Tensor& grad) {
       const std::int64_t first = begin * kLanes, count = std::min(numel, end * kLanes) - first;
       simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
         if (seed != nullptr)
-          gelu_row<kGelu, Wanted::slope>(in + first, seed + first, out + first, count);
+          gelu_row<Wanted::slope>(in + first, seed + first, out + first, count);
         else
-          gelu_row<kGelu, Wanted::value>(in + first, static_cast<const T*>(nullptr), out + first, count);
+          gelu_row<Wanted::value>(in + first, static_cast<const T*>(nullptr), out + first, count);
       });
     });
   });
   return y;
 }
 
-template <Activation kGelu>
 void gelu_block(const c10::BFloat16* x, c10::BFloat16* y, const ActivatedBlock& block) {
   simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
     for (std::int64_t row = 0; row < block.rows; ++row)
-      gelu_row<kGelu, Wanted::value>(x + row * block.stride, static_cast<const c10::BFloat16*>(nullptr),
-                                     y + row * block.stride, block.columns);
+      gelu_row<Wanted::value>(x + row * block.stride, static_cast<const c10::BFloat16*>(nullptr),
+                              y + row * block.stride, block.columns);
   });
 }
 
-template <Activation kGelu>
-struct Gelu : torch::autograd::Function<Gelu<kGelu>> {
+struct GeluTanh : torch::autograd::Function<GeluTanh> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x_any) {
     const at::Tensor x = x_any.contiguous();
     ctx->save_for_backward({x});
-    return run_gelu<kGelu>(x, {});
+    return run_gelu(x, {});
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    return {run_gelu<kGelu>(ctx->get_saved_variables()[0], grads[0].contiguous())};
+    return {run_gelu(ctx->get_saved_variables()[0], grads[0].contiguous())};
   }
 };
 
@@ -149,8 +120,8 @@ std::string activation_names() {
 
 at::Tensor activate(const at::Tensor& x, Activation activation) {
   switch (activation) {
-    case Activation::gelu_erf: return Gelu<Activation::gelu_erf>::apply(x);
-    case Activation::gelu_tanh: return Gelu<Activation::gelu_tanh>::apply(x);
+    case Activation::gelu_erf: return at::gelu(x);
+    case Activation::gelu_tanh: return GeluTanh::apply(x);
     case Activation::relu: return at::relu(x);
     case Activation::silu: return at::silu(x);
     case Activation::tanh: return at::tanh(x);
@@ -159,15 +130,12 @@ at::Tensor activate(const at::Tensor& x, Activation activation) {
 }
 
 ActivateBlock find_block_activation(Activation activation) {
-  if (activation == Activation::gelu_erf) return gelu_block<Activation::gelu_erf>;
-  if (activation == Activation::gelu_tanh) return gelu_block<Activation::gelu_tanh>;
-  return nullptr;
+  return activation == Activation::gelu_tanh ? gelu_block : nullptr;
 }
 
 at::Tensor activation_gradient(const at::Tensor& x, const at::Tensor& grad, Activation activation) {
-  check_internal(find_block_activation(activation) != nullptr, "only GELU has a gradient of its own");
-  return activation == Activation::gelu_erf ? run_gelu<Activation::gelu_erf>(x, grad)
-                                            : run_gelu<Activation::gelu_tanh>(x, grad);
+  check_internal(find_block_activation(activation) != nullptr, "only gelu_tanh has a gradient of its own");
+  return run_gelu(x, grad);
 }
 
 }  // namespace shardtune

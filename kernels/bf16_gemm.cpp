@@ -269,12 +269,12 @@ at::Tensor bf16_gemm(const at::Tensor& left, const at::Tensor& right, const at::
 }
 
 std::pair<at::Tensor, at::Tensor> bf16_gemm_activated(const at::Tensor& left, const at::Tensor& right,
-                                                      const at::Tensor& bias, Activation gelu) {
-  const ActivateBlock activate_block = find_block_activation(gelu);
-  check_internal(activate_block != nullptr, "a product applies no other activation than GELU");
+                                                      const at::Tensor& bias, Activation activation) {
+  const ActivateBlock activate_block = find_block_activation(activation);
+  check_internal(activate_block != nullptr, "a product applies no other activation than gelu_tanh");
   if (left.size(1) == 0) {
     const at::Tensor product = bf16_gemm(left, right, bias);
-    return {product, activate(product, gelu)};
+    return {product, activate(product, activation)};
   }
   at::Tensor activated = at::empty({left.size(0), right.size(1)}, left.options());
   auto* into = activated.mutable_data_ptr<c10::BFloat16>();

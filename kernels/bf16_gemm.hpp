@@ -17,9 +17,9 @@ bool takes_bf16_products(const at::Tensor& x);
 // left [M, K] and right [K, N] bf16, either dimension of each may be the dense one (x, x.t()) -> [M, N] bf16. bias [N]
 // bf16, dense, or undefined: added before the one rounding.
 at::Tensor bf16_gemm(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias = {});
-// The same, and GELU of it while its blocks are in the first-level cache: {product, activated}.
+// The same, and gelu_tanh of it while its blocks are in the first-level cache: {product, activated}.
 std::pair<at::Tensor, at::Tensor> bf16_gemm_activated(const at::Tensor& left, const at::Tensor& right,
-                                                      const at::Tensor& bias, Activation gelu);
+                                                      const at::Tensor& bias, Activation activation);
 // into [M, N] += left right, fp32 with dense rows: no sum is rounded to bf16.
 void bf16_gemm_add(const at::Tensor& left, const at::Tensor& right, at::Tensor& into);
 

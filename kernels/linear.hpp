@@ -22,8 +22,8 @@ struct LinearOperands {
 // that do not lie side by side in memory are copied for the time of a product.
 at::Tensor apply_linears(const at::Tensor& x, const std::vector<LinearOperands>& layers);
 
-// activate(apply_linear(x, weight, bias), activation), the same bits. GELU of bf16 is applied while the product is
-// stored. Saves the product, too.
+// activate(apply_linear(x, weight, bias), activation), the same bits. gelu_tanh of bf16 is applied while the
+// product is stored. Saves the product, too.
 at::Tensor apply_activated_linear(const at::Tensor& x, const LinearOperands& layer, Activation activation);
 
 }  // namespace shardtune

@@ -66,12 +66,8 @@ TEST(Activation, ThreadCountChangesNoBitOfGelu) {
   const at::Tensor given = random_tensor(1, {200003}), seed = random_tensor(2, {200003});
   expect_same_bits_for_any_thread_count(
       [&] {
-        std::vector<at::Tensor> all;
-        for (const Activation activation : {Activation::gelu_erf, Activation::gelu_tanh}) {
-          const at::Tensor x = leaf(given), y = activate(x, activation);
-          all.insert(all.end(), {y, gradients(y, seed, {x})[0]});
-        }
-        return all;
+        const at::Tensor x = leaf(given), y = activate(x, Activation::gelu_tanh);
+        return std::vector<at::Tensor>{y, gradients(y, seed, {x})[0]};
       },
       "gelu");
 }

@@ -64,8 +64,7 @@ void add_kernels(Digest& digest, std::int64_t width, at::ScalarType dtype) {
   const at::Tensor gate = input(1, {kTokens, width}), up = input(2, {kTokens, width}),
                    dropped = input(3, {kTokens, width});
   digest.add(silu_and_mul(at::cat({gate * 8, up}, 1)), {gate, up});
-  for (const Activation activation : {Activation::gelu_erf, Activation::gelu_tanh})
-    digest.add(activate(gate * 4, activation), {gate});
+  digest.add(activate(gate * 4, Activation::gelu_tanh), {gate});
   digest.add(dropout(dropped, {.probability = 0.3, .key = 4}), {dropped});
   digest.add(add_dropout(add.residual, dropped, {.probability = 0.3, .key = 5}), {dropped});
   const at::Tensor ids = at::arange(kTokens, at::kLong).remainder(7), table = input(5, {7, width});
