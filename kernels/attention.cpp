@@ -1,19 +1,23 @@
 #include "kernels/attention.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <limits>
-#include <span>
+#include <optional>
 #include <tuple>
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "core/error.hpp"
+#include "kernels/attention_hooks.hpp"
 #include "kernels/bf16_attention.hpp"
 #include "kernels/bf16_gemm.hpp"
+#include "kernels/blocked_attention.hpp"
 #include "kernels/short_attention.hpp"
 
 namespace shardtune {
@@ -21,14 +25,18 @@ namespace {
 
 using Offsets = std::vector<std::int64_t>;
 
-// Largest block of fp32 probabilities of the dropout path, in elements (8 MiB).
-constexpr std::int64_t kBlockElements = std::int64_t{2} << 20;
+// ATen's kernel knows neither dropout nor what has_hooks names.
+bool takes_flash(const AttentionOptions& options, std::int64_t length) {
+  return length > kShortSegment && !takes_blocks(options, length);
+}
 
 struct OptionsHolder : torch::CustomClassHolder {
   explicit OptionsHolder(const AttentionOptions& given)
       : options(given),
         keeps(given.recompute != nullptr && given.recompute->is_enabled() && !at::GradMode::is_enabled()),
-        takes(given.recompute != nullptr && given.recompute->is_enabled() && at::GradMode::is_enabled()) {}
+        takes(given.recompute != nullptr && given.recompute->is_enabled() && at::GradMode::is_enabled()) {
+    options.relative_bias.reset();  // saved as autograd saves tensors
+  }
   AttentionOptions options;
   bool keeps, takes;  // the first pass of a unit and its recomputation (inside of a Function grad mode is always off)
 };
@@ -43,7 +51,7 @@ void flash_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
   const Offsets& offsets = *options.segment_offsets;
   for (std::size_t s = 0; s + 1 < offsets.size(); ++s) {
     const std::int64_t begin = offsets[s], end = offsets[s + 1];
-    if (end - begin <= kShortSegment) continue;
+    if (!takes_flash(options, end - begin)) continue;
     const auto [o, lse] = at::_scaled_dot_product_flash_attention_for_cpu(
         segment(q, begin, end), segment(k, begin, end), segment(v, begin, end), 0.0, options.is_causal, {},
         options.scale);
@@ -52,106 +60,13 @@ void flash_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
   }
 }
 
-// --- dropout path ------------------------------------------------------------------------------------------------
-
-// One block of query rows of one key/value head with the query heads that share it.
-struct Block {
-  std::int64_t kv_head, heads_per_kv;
-  std::int64_t segment_begin, row_begin, row_end, key_end;  // all positions in the packed row
-
-  // [T, H, D] -> [heads_per_kv, rows, D] fp32
-  at::Tensor queries(const at::Tensor& q) const {
-    return q.slice(1, kv_head * heads_per_kv, (kv_head + 1) * heads_per_kv)
-        .slice(0, row_begin, row_end)
-        .transpose(0, 1)
-        .to(at::kFloat);
-  }
-  // [T, K, D] -> [1, keys, D], broadcast over the query heads
-  at::Tensor keys(const at::Tensor& k) const {
-    return k.slice(1, kv_head, kv_head + 1).slice(0, segment_begin, key_end).transpose(0, 1);
-  }
-};
-
-template <class F>
-void for_each_block(const at::Tensor& q, const at::Tensor& k, const AttentionOptions& options, const F& visit) {
-  const Offsets& offsets = *options.segment_offsets;
-  const std::int64_t kv_heads = k.size(1), heads_per_kv = q.size(1) / kv_heads;
-  for (std::size_t s = 0; s + 1 < offsets.size(); ++s) {
-    const std::int64_t begin = offsets[s], end = offsets[s + 1];
-    if (end - begin <= kShortSegment) continue;
-    const std::int64_t rows = std::max<std::int64_t>(1, kBlockElements / ((end - begin) * heads_per_kv));
-    for (std::int64_t kv = 0; kv < kv_heads; ++kv)
-      for (std::int64_t row = begin; row < end; row += rows) {
-        const std::int64_t row_end = std::min(end, row + rows);
-        visit(Block{kv, heads_per_kv, begin, row, row_end, options.is_causal ? row_end : end});
-      }
-  }
-}
-
-// softmax(q k^T) of a block, [heads_per_kv, rows, keys] fp32, before dropout.
-at::Tensor probabilities(const at::Tensor& queries, const at::Tensor& keys, const Block& block,
-                         const AttentionOptions& options) {
-  at::Tensor scores = at::matmul(queries, keys.transpose(1, 2)).mul_(options.scale);
-  if (options.is_causal && block.key_end > block.row_begin + 1) {
-    const at::Tensor future =
-        at::ones({block.row_end - block.row_begin, block.key_end - block.segment_begin}, at::kBool)
-            .triu_(block.row_begin - block.segment_begin + 1);
-    scores.masked_fill_(future, -std::numeric_limits<float>::infinity());
-  }
-  return at::softmax(scores, -1);
-}
-
-at::Tensor dropout_mask(const Block& block, const DropoutSite& site) {
-  const std::int64_t rows = block.row_end - block.row_begin, keys = block.key_end - block.segment_begin;
-  at::Tensor mask = at::empty({block.heads_per_kv, rows, keys}, at::kFloat);
-  auto* into = mask.mutable_data_ptr<float>();
-  const std::int64_t kv_heads_before = block.kv_head * block.heads_per_kv;
-  at::parallel_for(0, block.heads_per_kv * rows, 64, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) {
-      const std::int64_t head = kv_heads_before + i / rows, token = block.row_begin + i % rows;
-      fill_dropout_row(site, dropout_row_of(token, head), std::span<float>(into + i * keys, static_cast<std::size_t>(keys)));
-    }
-  });
-  return mask;
-}
-
-void dropout_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options,
-                     at::Tensor& out) {
-  for_each_block(q, k, options, [&](const Block& block) {
-    at::Tensor p = probabilities(block.queries(q), block.keys(k).to(at::kFloat), block, options);
-    p.mul_(dropout_mask(block, options.dropout));
-    const at::Tensor o = at::matmul(p, block.keys(v).to(at::kFloat));
-    out.slice(1, block.kv_head * block.heads_per_kv, (block.kv_head + 1) * block.heads_per_kv)
-        .slice(0, block.row_begin, block.row_end)
-        .copy_(o.transpose(0, 1));
-  });
-}
-
-// Adds to d_k and d_v (zeroed, fp32: a key belongs to several blocks of query rows) and fills d_q.
-void dropout_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                      const AttentionOptions& options, const AttentionGradients& into) {
-  for_each_block(q, k, options, [&](const Block& block) {
-    const at::Tensor queries = block.queries(q), d_out = block.queries(grad);
-    const at::Tensor keys = block.keys(k).to(at::kFloat), values = block.keys(v).to(at::kFloat);
-    const at::Tensor p = probabilities(queries, keys, block, options);
-    const at::Tensor mask = dropout_mask(block, options.dropout);
-    at::Tensor ds = at::matmul(d_out, values.transpose(1, 2)).mul_(mask);
-    block.keys(into.v).add_(at::matmul((p * mask).transpose(1, 2), d_out).sum(0, true));
-    ds = ds.sub_((ds * p).sum(-1, true)).mul_(p).mul_(options.scale);
-    block.keys(into.k).add_(at::matmul(ds.transpose(1, 2), queries).sum(0, true));
-    into.q.slice(1, block.kv_head * block.heads_per_kv, (block.kv_head + 1) * block.heads_per_kv)
-        .slice(0, block.row_begin, block.row_end)
-        .copy_(at::matmul(ds, keys).transpose(0, 1));
-  });
-}
-
 void flash_backward(const at::Tensor& grad, const torch::autograd::variable_list& saved, const AttentionOptions& options,
                     const AttentionGradients& into) {
   const at::Tensor &q = saved[0], &k = saved[1], &v = saved[2], &log_sum_exp = saved[3], &out = saved[4];
   const Offsets& offsets = *options.segment_offsets;
   for (std::size_t s = 0; s + 1 < offsets.size(); ++s) {
     const std::int64_t begin = offsets[s], end = offsets[s + 1];
-    if (end - begin <= kShortSegment) continue;
+    if (!takes_flash(options, end - begin)) continue;
     const auto [gq, gk, gv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
         segment(grad, begin, end), segment(q, begin, end), segment(k, begin, end), segment(v, begin, end),
         segment(out, begin, end), segment(log_sum_exp.unsqueeze(-1), begin, end).squeeze(-1), 0.0, options.is_causal,
@@ -164,9 +79,10 @@ void flash_backward(const at::Tensor& grad, const torch::autograd::variable_list
 
 // -----------------------------------------------------------------------------------------------------------------
 
-bool has_long_segment(const Offsets& offsets) {
+bool any_segment(const AttentionOptions& options, bool (*is_it)(const AttentionOptions&, std::int64_t)) {
+  const Offsets& offsets = *options.segment_offsets;
   for (std::size_t s = 0; s + 1 < offsets.size(); ++s)
-    if (offsets[s + 1] - offsets[s] > kShortSegment) return true;
+    if (is_it(options, offsets[s + 1] - offsets[s])) return true;
   return false;
 }
 
@@ -174,31 +90,30 @@ void compute(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, cons
              at::Tensor& log_sum_exp) {
   if (takes_bf16_products(q)) return bf16_attention_forward(q, k, v, options, out, log_sum_exp);
   short_attention_forward(q, k, v, options, out, log_sum_exp);
-  if (!has_long_segment(*options.segment_offsets)) return;
-  if (options.dropout.is_active())
-    dropout_forward(q, k, v, options, out);
-  else
-    flash_forward(q, k, v, options, out, log_sum_exp);
+  blocked_attention_forward(q, k, v, options, out);
+  flash_forward(q, k, v, options, out, log_sum_exp);
 }
 
-void differentiate_long_segments(const at::Tensor& grad, const torch::autograd::variable_list& saved,
-                                 const AttentionOptions& options, const AttentionGradients& into) {
-  if (!options.dropout.is_active()) return flash_backward(grad, saved, options, into);
-  at::Tensor wide_dk = at::zeros(into.k.sizes(), at::kFloat), wide_dv = at::zeros(into.v.sizes(), at::kFloat);
-  dropout_backward(grad, saved[0], saved[1], saved[2], options, {into.q, wide_dk, wide_dv});
-  into.k.copy_(wide_dk);
-  into.v.copy_(wide_dv);
+void differentiate(const at::Tensor& grad, const torch::autograd::variable_list& saved, const AttentionOptions& options,
+                   const AttentionGradients& into) {
+  const at::Tensor &q = saved[0], &k = saved[1], &v = saved[2], &log_sum_exp = saved[3], &out = saved[4];
+  if (takes_bf16_products(q)) return bf16_attention_backward({q, k, v, out, log_sum_exp, grad}, options, into);
+  if (any_segment(options, takes_blocks)) blocked_attention_backward(grad, q, k, v, options, into);
+  flash_backward(grad, saved, options, into);
+  short_attention_backward(grad, q, k, v, log_sum_exp, options, into);
 }
 
 struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& q_tracked, const at::Tensor& k_tracked,
-                            const at::Tensor& v_tracked, const c10::intrusive_ptr<OptionsHolder>& holder) {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& q_tracked,
+                            const at::Tensor& k_tracked, const at::Tensor& v_tracked,
+                            const std::optional<at::Tensor>& bias_tracked,
+                            const c10::intrusive_ptr<OptionsHolder>& holder) {
     // at::matmul folds batches differently when an operand requires a gradient, and then rounds differently: the forward
     // pass of recomputation, which runs without a graph, would have other bits.
     const at::Tensor q = q_tracked.detach(), k = k_tracked.detach(), v = v_tracked.detach();
-    const AttentionOptions& options = holder->options;
+    AttentionOptions options = holder->options;
+    if (bias_tracked.has_value()) options.relative_bias = bias_tracked->detach();
     ctx->saved_data["options"] = c10::IValue::make_capsule(holder);
-    const bool is_long = has_long_segment(*options.segment_offsets), has_dropout = options.dropout.is_active();
     at::Tensor out, log_sum_exp;
     if (holder->takes) {
       auto kept = options.recompute->take();
@@ -209,9 +124,8 @@ struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
       log_sum_exp = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
       compute(q, k, v, options, out, log_sum_exp);
     }
-    torch::autograd::variable_list to_save{q, k, v, log_sum_exp};
-    if (takes_bf16_products(q) || (is_long && !has_dropout)) to_save.push_back(out);
-    ctx->save_for_backward(std::move(to_save));
+    const bool needs_out = takes_bf16_products(q) || any_segment(options, takes_flash);
+    ctx->save_for_backward({q, k, v, log_sum_exp, needs_out ? out : at::Tensor(), options.relative_bias});
     // The output itself goes on into the graph; what is kept must not be that very variable.
     if (holder->keeps) options.recompute->keep({out.detach(), log_sum_exp});
     return out;
@@ -222,17 +136,18 @@ struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
     const auto saved = ctx->get_saved_variables();
     const at::Tensor &q = saved[0], &k = saved[1], &v = saved[2];
     const auto capsule = ctx->saved_data["options"].toCapsule();
-    const AttentionOptions& options = static_cast<OptionsHolder*>(capsule.get())->options;
+    AttentionOptions options = static_cast<OptionsHolder*>(capsule.get())->options;
+    const at::Tensor& bias = options.relative_bias = saved[5];
     const at::Tensor grad = grad_outputs[0].contiguous();
     at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()),
                dv = at::empty(v.sizes(), v.options());
-    if (takes_bf16_products(q)) {
-      bf16_attention_backward({q, k, v, saved[4], saved[3], grad}, options, {dq, dk, dv});
-      return {dq, dk, dv, {}};
+    if (!bias.defined()) {
+      differentiate(grad, saved, options, {dq, dk, dv});
+      return {dq, dk, dv, {}, {}};
     }
-    if (has_long_segment(*options.segment_offsets)) differentiate_long_segments(grad, saved, options, {dq, dk, dv});
-    short_attention_backward(grad, q, k, v, saved[3], options, {dq, dk, dv});
-    return {dq, dk, dv, {}};
+    at::Tensor sums = make_diagonal_sums(q.size(1), q.size(0));
+    differentiate(grad, saved, options, {dq, dk, dv, &sums});
+    return {dq, dk, dv, sum_over_segments(sums, *options.segment_offsets, bias.size(1)), {}};
   }
 };
 
@@ -245,6 +160,30 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const 
   check_internal(offsets != nullptr && offsets->size() >= 2 && offsets->front() == 0 && offsets->back() == q.size(0) &&
                      std::adjacent_find(offsets->begin(), offsets->end(), std::greater_equal<>()) == offsets->end(),
                  "segment offsets must cover the row and increase strictly");
+  check_internal(options.scale > 0, "attention's scale must be positive");
+  if (options.window < 0)
+    fail(ErrorKind::internal,
+         fmt::format("attention's window is {}, it must be positive, or 0 for none", options.window));
+  if (!(options.soft_cap >= 0) || !std::isfinite(options.soft_cap))
+    fail(ErrorKind::internal,
+         fmt::format("attention's soft_cap is {}, it must be positive, or 0 for none", options.soft_cap));
+}
+
+std::int64_t longest_segment(const Offsets& offsets) {
+  std::int64_t longest = 0;
+  for (std::size_t s = 0; s + 1 < offsets.size(); ++s) longest = std::max(longest, offsets[s + 1] - offsets[s]);
+  return longest;
+}
+
+void check_bias(const at::Tensor& bias, std::int64_t num_heads, const Offsets& offsets) {
+  if (!bias.defined()) return;
+  const std::int64_t least = 2 * longest_segment(offsets) - 1;
+  if (bias.dim() != 2 || bias.size(0) != num_heads || bias.size(1) % 2 == 0 || bias.size(1) < least)
+    fail(ErrorKind::internal,
+         fmt::format(
+             "attention's relative_bias is {}, it must be [{} heads, an odd number of distances, at least {} for "
+             "the longest segment]",
+             fmt::join(bias.sizes(), " x "), num_heads, least));
 }
 
 }  // namespace
@@ -252,12 +191,17 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const 
 at::Tensor varlen_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                             const AttentionOptions& options) {
   check(q, k, v, options);
-  return VarlenAttention::apply(q, k, v, c10::make_intrusive<OptionsHolder>(options));
+  const at::Tensor& bias = options.relative_bias;
+  check_bias(bias, q.size(1), *options.segment_offsets);
+  check_internal(!bias.defined() || bias.scalar_type() == at::kFloat, "attention's relative_bias must be fp32");
+  return VarlenAttention::apply(q, k, v, bias.defined() ? std::optional(bias) : std::nullopt,
+                                c10::make_intrusive<OptionsHolder>(options));
 }
 
 at::Tensor varlen_attention_reference(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                       const AttentionOptions& options) {
   check(q, k, v, options);
+  check_bias(options.relative_bias, q.size(1), *options.segment_offsets);
   const Offsets& offsets = *options.segment_offsets;
   const std::int64_t heads_per_kv = q.size(1) / k.size(1);
   std::vector<at::Tensor> outputs;
@@ -267,8 +211,18 @@ at::Tensor varlen_attention_reference(const at::Tensor& q, const at::Tensor& k, 
     const at::Tensor ks = k.slice(0, begin, end).transpose(0, 1).repeat_interleave(heads_per_kv, 0);
     const at::Tensor vs = v.slice(0, begin, end).transpose(0, 1).repeat_interleave(heads_per_kv, 0);
     at::Tensor scores = at::matmul(qs, ks.transpose(1, 2)) * options.scale;
-    if (options.is_causal)
-      scores = scores.masked_fill(at::ones({n, n}, at::kBool).triu(1), -std::numeric_limits<double>::infinity());
+    if (options.soft_cap > 0) scores = at::tanh(scores / options.soft_cap) * options.soft_cap;
+    const at::Tensor distance = at::arange(n) - at::arange(n).unsqueeze(1);
+    if (options.relative_bias.defined()) {
+      const at::Tensor entry = distance + (options.relative_bias.size(1) - 1) / 2;
+      scores = scores + options.relative_bias.index_select(1, entry.flatten()).view_as(scores).to(scores.scalar_type());
+    }
+    at::Tensor hidden = at::zeros({n, n}, at::kBool);
+    if (options.is_causal) hidden = hidden | (distance > 0);
+    // transformers: sliding_window_overlay and sliding_window_bidirectional_overlay of masking_utils.py.
+    if (options.window > 0)
+      hidden = hidden | (options.is_causal ? distance <= -options.window : distance.abs() > options.window);
+    scores = scores.masked_fill(hidden, -std::numeric_limits<double>::infinity());
     at::Tensor p = at::softmax(scores, -1);
     if (options.dropout.is_active()) {
       at::Tensor mask = at::empty({q.size(1), n, n}, at::kFloat);

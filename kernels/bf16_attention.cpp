@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -10,6 +11,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include "kernels/attention_hooks.hpp"
 #include "kernels/bf16_attention_block.hpp"
 #include "kernels/bf16_tiles.hpp"
 
@@ -27,17 +29,19 @@ struct Task {
 // What all tasks need to know.
 struct Problem {
   std::int64_t num_heads, num_kv_heads, head_size, longest = 0;
-  double scale;
-  bool is_causal;
+  double scale, soft_cap;
+  Reach reach;
   DropoutSite dropout;
   std::vector<Task> tasks;  // longest first
+  std::optional<DistanceTable> bias;
 
   Problem(const at::Tensor& q, const at::Tensor& k, const AttentionOptions& options)
       : num_heads(q.size(1)),
         num_kv_heads(k.size(1)),
         head_size(q.size(2)),
         scale(options.scale),
-        is_causal(options.is_causal),
+        soft_cap(options.soft_cap),
+        reach(reach_of(options)),
         dropout(options.dropout) {
     const auto& offsets = *options.segment_offsets;
     for (std::size_t s = 0; s + 1 < offsets.size(); ++s) {
@@ -46,14 +50,17 @@ struct Problem {
     }
     std::stable_sort(tasks.begin(), tasks.end(),
                      [](const Task& a, const Task& b) { return a.end - a.begin > b.end - b.begin; });
+    if (options.relative_bias.defined()) bias.emplace(options.relative_bias, longest);
   }
   std::int64_t heads_per_kv() const { return num_heads / num_kv_heads; }
-  bf16::HeadView head(const Task& task) const {
+  bf16::HeadView view(const Task& task, std::int64_t head) const {
     return {.num_keys = task.end - task.begin,
             .head_size = head_size,
-            .is_causal = is_causal,
+            .reach = reach,
             .scale = static_cast<float>(scale),
-            .keep_scale = dropout.is_active() ? dropout_keep_scale(dropout) : 1.0F};
+            .keep_scale = dropout.is_active() ? dropout_keep_scale(dropout) : 1.0F,
+            .soft_cap = static_cast<float>(soft_cap),
+            .bias = bias.has_value() ? bias->of_head(head) : nullptr};
   }
 };
 
@@ -114,14 +121,19 @@ void share_tasks(const Problem& problem, const Work& work) {
 // --- dropout
 // -----------------------------------------------------------------------------------------------------------
 
-// One row of bits for each query row of a block: bit i of word w = key 64 w + i is kept.
-void fill_keep_rows(const Problem& p, std::int64_t token, std::int64_t rows, std::int64_t head, std::int64_t stride,
-                    Words& keep) {
-  keep.resize(static_cast<std::size_t>(bf16::kBackwardRows * stride));
+// Words of bits for the keys that a block of rows looks at.
+std::int64_t num_words(const bf16::KeyRange& keys) { return (keys.end - keys.first + 63) / 64; }
+
+// One row of bits for each query row of a block: bit i of word w = key (first + 64 w + i) is kept. token: of the first
+// row.
+void fill_keep_rows(const Problem& p, std::int64_t token, std::int64_t rows, std::int64_t head,
+                    const bf16::KeyRange& keys, Words& keep) {
+  const auto stride = static_cast<std::size_t>(num_words(keys));
+  keep.resize(static_cast<std::size_t>(bf16::kBackwardRows) * stride);
   for (std::int64_t r = 0; r < rows; ++r)
-    fill_dropout_bits(
-        p.dropout, dropout_row_of(token + r, head),
-        std::span<std::uint64_t>(keep).subspan(static_cast<std::size_t>(r * stride), static_cast<std::size_t>(stride)));
+    fill_dropout_bits(p.dropout, dropout_row_of(token + r, head),
+                      std::span<std::uint64_t>(keep).subspan(static_cast<std::size_t>(r) * stride, stride),
+                      static_cast<std::uint64_t>(keys.first));
 }
 
 // Bit c of word r <-> bit r of word c (Warren, Hacker's Delight, 7-3).
@@ -144,11 +156,6 @@ void keys_of_keep_rows(const Words& rows, std::int64_t stride, std::int64_t num_
     transpose_bits(block);
     std::copy_n(block, 64, keys.begin() + group * 64);
   }
-}
-
-// Words of bits for the keys that rows up to `row_end` of a segment see.
-std::int64_t keep_stride(const bf16::HeadView& head, std::int64_t row_end) {
-  return (padded(head.is_causal ? std::min(head.num_keys, row_end) : head.num_keys) + 63) / 64;
 }
 
 // --- forward
@@ -182,24 +189,26 @@ struct ForwardMemory {
 };
 
 void forward_task(const Problem& p, const Forward& io, const Task& task, ForwardMemory& memory) {
-  const bf16::HeadView view = p.head(task);
+  const std::int64_t heads = p.heads_per_kv(), n = task.end - task.begin;
   const ConstRows k = rows_of(io.k, task.begin, task.kv_head), v = rows_of(io.v, task.begin, task.kv_head);
-  bf16::pack_forward_keys(view, k.data, k.stride, v.data, v.stride, memory.rows, memory.key_panels, memory.value_pairs);
+  bf16::pack_forward_keys(p.view(task, 0), k.data, k.stride, v.data, v.stride, memory.rows, memory.key_panels,
+                          memory.value_pairs);
   auto* log_sum_exp = io.log_sum_exp.mutable_data_ptr<float>();
-  for (std::int64_t head = task.kv_head * p.heads_per_kv(); head < (task.kv_head + 1) * p.heads_per_kv(); ++head) {
+  for (std::int64_t head = task.kv_head * heads; head < (task.kv_head + 1) * heads; ++head) {
+    const bf16::HeadView view = p.view(task, head);
     const ConstRows q = rows_of(io.q, task.begin, head);
     const Rows out = mutable_rows_of(io.out, task.begin, head);
-    for (std::int64_t row = 0; row < view.num_keys; row += bf16::kForwardRows) {
-      const std::int64_t rows = std::min(bf16::kForwardRows, view.num_keys - row),
-                         words = keep_stride(view, row + rows);
-      if (p.dropout.is_active()) fill_keep_rows(p, task.begin + row, rows, head, words, memory.keep);
+    for (std::int64_t row = 0; row < n; row += bf16::kForwardRows) {
+      const std::int64_t rows = std::min(bf16::kForwardRows, n - row);
+      const bf16::KeyRange keys = bf16::keys_of_rows(view, row, rows);
+      if (p.dropout.is_active()) fill_keep_rows(p, task.begin + row, rows, head, keys, memory.keep);
       bf16::forward_block(view, {memory.key_panels, memory.value_pairs},
                           {.row = row,
                            .rows = rows,
                            .q = q.at(row),
                            .q_stride = q.stride,
                            .keep = p.dropout.is_active() ? memory.keep.data() : nullptr,
-                           .keep_stride = words,
+                           .keep_stride = num_words(keys),
                            .out = out.at(row),
                            .out_stride = out.stride,
                            .log_sum_exp = log_sum_exp + (task.begin + row) * p.num_heads + head,
@@ -215,6 +224,7 @@ void forward_task(const Problem& p, const Forward& io, const Task& task, Forward
 struct BackwardMemory {
   bf16::BackwardKeys keys{};
   std::uint32_t* words = nullptr;
+  float* d_bias = nullptr;  // as DistanceTable
   bf16::BackwardScratch block{};
   Words keep_rows, keep_keys;
   Scratch scratch;
@@ -226,6 +236,7 @@ struct BackwardMemory {
           s.take(keys.keys_transposed, depth * bf16::row_stride(n));
           for (float** piece : {&keys.d_keys, &keys.d_values}) s.take(*piece, n * depth);
           s.take(words, n / 2 * depth);
+          if (p.bias.has_value()) s.take(d_bias, DistanceTable::row_size(p.longest));
           for (Number** piece : {&block.queries, &block.grads}) s.take(*piece, rows * depth);
           for (Number** piece : {&block.probabilities, &block.d_scores_rows}) s.take(*piece, bf16::kBlock * rows);
           for (std::uint32_t** piece :
@@ -239,18 +250,22 @@ struct BackwardMemory {
   BackwardMemory& operator=(const BackwardMemory&) = delete;
 };
 
-void backward_head(const Problem& p, const AttentionSaved& saved, const Task& task, std::int64_t head, at::Tensor& d_q,
-                   BackwardMemory& memory) {
-  const bf16::HeadView view = p.head(task);
+void backward_head(const Problem& p, const AttentionSaved& saved, const Task& task, std::int64_t head,
+                   const AttentionGradients& gradients, BackwardMemory& memory) {
+  const bf16::HeadView view = p.view(task, head);
+  const std::int64_t n = view.num_keys;
   const ConstRows q = rows_of(saved.q, task.begin, head), grad = rows_of(saved.grad, task.begin, head),
                   out = rows_of(saved.out, task.begin, head);
-  const Rows into = mutable_rows_of(d_q, task.begin, head);
+  const Rows into = mutable_rows_of(gradients.q, task.begin, head);
   const auto* log_sum_exp = saved.log_sum_exp.const_data_ptr<float>();
-  for (std::int64_t row = 0; row < view.num_keys; row += bf16::kBackwardRows) {
-    const std::int64_t rows = std::min(bf16::kBackwardRows, view.num_keys - row), words = keep_stride(view, row + rows);
+  float* d_bias = p.bias.has_value() ? memory.d_bias + DistanceTable::origin(n) : nullptr;
+  if (d_bias != nullptr) std::fill_n(memory.d_bias, DistanceTable::row_size(n), 0.0F);
+  for (std::int64_t row = 0; row < n; row += bf16::kBackwardRows) {
+    const std::int64_t rows = std::min(bf16::kBackwardRows, n - row);
+    const bf16::KeyRange keys = bf16::keys_of_rows(view, row, rows);
     if (p.dropout.is_active()) {
-      fill_keep_rows(p, task.begin + row, rows, head, words, memory.keep_rows);
-      keys_of_keep_rows(memory.keep_rows, words, rows, memory.keep_keys);
+      fill_keep_rows(p, task.begin + row, rows, head, keys, memory.keep_rows);
+      keys_of_keep_rows(memory.keep_rows, num_words(keys), rows, memory.keep_keys);
     }
     bf16::backward_block(view, memory.keys,
                          {.row = row,
@@ -263,20 +278,24 @@ void backward_head(const Problem& p, const AttentionSaved& saved, const Task& ta
                           .out_stride = out.stride,
                           .log_sum_exp = log_sum_exp + (task.begin + row) * p.num_heads + head,
                           .log_sum_exp_stride = p.num_heads,
+                          .first_key = keys.first,
                           .keep = p.dropout.is_active() ? memory.keep_keys.data() : nullptr,
                           .d_q = into.at(row),
-                          .d_q_stride = into.stride},
+                          .d_q_stride = into.stride,
+                          .d_bias = d_bias},
                          memory.block);
   }
+  if (d_bias != nullptr)
+    std::copy(d_bias - (n - 1), d_bias + n, diagonals_of(*gradients.diagonal_sums, head, task.begin));
 }
 
 void backward_task(const Problem& p, const AttentionSaved& saved, const Task& task, const AttentionGradients& into,
                    BackwardMemory& memory) {
-  const bf16::HeadView view = p.head(task);
+  const bf16::HeadView view = p.view(task, 0);
   const ConstRows k = rows_of(saved.k, task.begin, task.kv_head), v = rows_of(saved.v, task.begin, task.kv_head);
   bf16::pack_backward_keys(view, k.data, k.stride, v.data, v.stride, memory.keys, memory.words);
   for (std::int64_t head = task.kv_head * p.heads_per_kv(); head < (task.kv_head + 1) * p.heads_per_kv(); ++head)
-    backward_head(p, saved, task, head, into.q, memory);
+    backward_head(p, saved, task, head, into, memory);
   const Rows d_k = mutable_rows_of(into.k, task.begin, task.kv_head),
              d_v = mutable_rows_of(into.v, task.begin, task.kv_head);
   const std::int64_t depth = padded(view.head_size);

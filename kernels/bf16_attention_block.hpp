@@ -5,6 +5,8 @@
 // segment's keys padded to 32, R the block's rows padded to 32. "Pairs": as Product::b.
 #include <cstdint>
 
+#include "kernels/attention_reach.hpp"
+
 namespace shardtune::bf16 {
 
 inline constexpr std::int64_t kForwardRows = 32;  // query rows of a block
@@ -13,10 +15,18 @@ inline constexpr std::int64_t kBackwardRows = 64;
 // One head of the segment.
 struct HeadView {
   std::int64_t num_keys, head_size;
-  bool is_causal;
-  float scale;       // of the scores
-  float keep_scale;  // 1 / (1 - dropout probability); 1 without dropout
+  Reach reach;
+  float scale;        // of the scores
+  float keep_scale;   // 1 / (1 - dropout probability); 1 without dropout
+  float soft_cap;     // 0 = none
+  const float* bias;  // by distance, see DistanceTable::of_head; null = none
 };
+
+// The keys that a block of query rows looks at: first a multiple of 64, end one of 32.
+struct KeyRange {
+  std::int64_t first, end;
+};
+KeyRange keys_of_rows(const HeadView& head, std::int64_t row, std::int64_t rows);
 
 // Strides of [*, N] buffers: never a multiple of 4 KiB, which would put all rows of a tile into one set of the cache.
 constexpr std::int64_t row_stride(std::int64_t padded_keys) { return padded_keys + 32; }
@@ -35,7 +45,7 @@ struct ForwardScratch {
   float *scores, *mixed;                   // [32, row_stride(N)], [32, D]
 };
 // Rows [row, row + rows) of the segment, rows <= 32. q and out point at row `row`. keep: [rows, keep_stride] words, bit
-// i of word w = key 64 w + i is kept; null without dropout. log_sum_exp: of row `row`.
+// i of word w = key (first of keys_of_rows) + 64 w + i is kept; null without dropout. log_sum_exp: of row `row`.
 struct ForwardBlock {
   std::int64_t row, rows;
   const std::uint16_t* q;
@@ -68,16 +78,19 @@ struct BackwardScratch {
   float *scores, *d_probabilities, *d_queries;                     // [32, R] twice, [D, R]
   float* d_query_rows;                                             // [R, D]
 };
-// As ForwardBlock; rows <= 64. keep: [N, 1] words of the block's queries, bit i = query row + i keeps that key.
+// As ForwardBlock; rows <= 64. keep: a word of the block's queries for each key from the first on, bit i = query row +
+// i keeps that key. d_bias: sums by distance that this block adds to, laid out as the bias; null without one.
 struct BackwardBlock {
   std::int64_t row, rows;
   const std::uint16_t *q, *grad, *out;
   std::int64_t q_stride, grad_stride, out_stride;
   const float* log_sum_exp;
   std::int64_t log_sum_exp_stride;
+  std::int64_t first_key;  // of keys_of_rows
   const std::uint64_t* keep;
   std::uint16_t* d_q;
   std::int64_t d_q_stride;
+  float* d_bias;
 };
 void backward_block(const HeadView& head, const BackwardKeys& keys, const BackwardBlock& block,
                     const BackwardScratch& scratch);

@@ -213,12 +213,13 @@ void fill_dropout_row(const DropoutSite& site, std::uint64_t row, std::span<floa
   });
 }
 
-void fill_dropout_bits(const DropoutSite& site, std::uint64_t row, std::span<std::uint64_t> into) {
+void fill_dropout_bits(const DropoutSite& site, std::uint64_t row, std::span<std::uint64_t> into, std::uint64_t first) {
   const Masker masker(site, row);
+  const std::int64_t begin = static_cast<std::int64_t>(first) / kGroup;
   simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
-    for_each_group(masker, 0, static_cast<std::int64_t>(into.size()),
+    for_each_group(masker, begin, begin + static_cast<std::int64_t>(into.size()),
                    [&](std::int64_t group, const PhiloxGroup& drawn)
-                       SHARDTUNE_VECTOR_BODY { into[static_cast<std::size_t>(group)] = masker.bits(drawn); });
+                       SHARDTUNE_VECTOR_BODY { into[static_cast<std::size_t>(group - begin)] = masker.bits(drawn); });
   });
 }
 

@@ -35,8 +35,10 @@ at::Tensor add_dropout(const at::Tensor& residual, const at::Tensor& x, const Dr
 
 // The multipliers m of elements [first, first + into.size()) of `row`.
 void fill_dropout_row(const DropoutSite& site, std::uint64_t row, std::span<float> into, std::uint64_t first = 0);
-// The same as bits: bit i of word w is set where element 64 w + i is kept; a kept one's multiplier is dropout_keep_scale.
-void fill_dropout_bits(const DropoutSite& site, std::uint64_t row, std::span<std::uint64_t> into);
+// The same as bits: bit i of word w is set where element first + 64 w + i is kept (first a multiple of 64); a kept
+// one's multiplier is dropout_keep_scale.
+void fill_dropout_bits(const DropoutSite& site, std::uint64_t row, std::span<std::uint64_t> into,
+                       std::uint64_t first = 0);
 float dropout_keep_scale(const DropoutSite& site);  // 1 / (1 - p); 0 for p = 1
 // One multiplier by the definition above, for tests and references.
 float dropout_multiplier(const DropoutSite& site, std::uint64_t row, std::uint64_t element);

@@ -2,135 +2,18 @@
 #include "kernels/attention.hpp"
 
 #include <cmath>
-#include <limits>
 #include <utility>
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include "core/error.hpp"
-#include "kernels/instruction_set.hpp"
+#include "tests/kernels/attention_support.hpp"
 #include "tests/kernels/support.hpp"
 
 namespace shardtune::testing {
 namespace {
-
-constexpr std::int64_t kLongestShort = 256;  // longer segments take another path
-
-bool has_bf16_products() { return instruction_set() >= InstructionSet::avx512_bf16; }
-
-struct AttentionCase {
-  std::vector<std::int64_t> offsets;
-  std::int64_t heads, kv_heads, head_size;
-  bool is_causal = false;
-  double dropout = 0;
-  at::ScalarType dtype = at::kFloat;
-
-  std::int64_t tokens() const { return offsets.back(); }
-  AttentionOptions options() const {
-    return {.segment_offsets = std::make_shared<const std::vector<std::int64_t>>(offsets),
-            .is_causal = is_causal,
-            .scale = 1 / std::sqrt(static_cast<double>(head_size)),
-            .dropout = {.probability = dropout, .key = 99}};
-  }
-  std::string text() const {
-    return fmt::format("offsets {}, {} heads, {} key heads, size {}{}{}{}", fmt::join(offsets, " "), heads, kv_heads,
-                       head_size, is_causal ? ", causal" : "", dropout > 0 ? ", dropout" : "",
-                       fmt::format(", {}", at::toString(dtype)));
-  }
-};
-
-struct AttentionInputs {
-  at::Tensor q, k, v, seed;
-  explicit AttentionInputs(const AttentionCase& c)
-      : q(random_tensor(1, {c.tokens(), c.heads, c.head_size}, c.dtype)),
-        k(random_tensor(2, {c.tokens(), c.kv_heads, c.head_size}, c.dtype)),
-        v(random_tensor(3, {c.tokens(), c.kv_heads, c.head_size}, c.dtype)),
-        seed(random_tensor(4, {c.tokens(), c.heads, c.head_size}, c.dtype)) {}
-};
-
-// Output and gradients, or how far they may be off.
-struct AttentionRun {
-  at::Tensor out, dq, dk, dv;
-  std::vector<std::pair<const char*, at::Tensor>> named() const {
-    return {{"out", out}, {"dq", dq}, {"dk", dk}, {"dv", dv}};
-  }
-};
-
-AttentionRun run(const AttentionCase& c, const AttentionInputs& in, bool reference = false) {
-  const auto make_leaf = reference ? double_leaf : leaf;
-  const at::Tensor q = make_leaf(in.q), k = make_leaf(in.k), v = make_leaf(in.v);
-  const at::Tensor out =
-      reference ? varlen_attention_reference(q, k, v, c.options()) : varlen_attention(q, k, v, c.options());
-  const auto grads = gradients(out, in.seed, {q, k, v});
-  return {out, grads[0], grads[1], grads[2]};
-}
-
-at::Tensor keep_mask(const AttentionCase& c, std::int64_t begin, std::int64_t length) {
-  at::Tensor mask = at::empty({c.heads, length, length}, at::kFloat);
-  const DropoutSite site = c.options().dropout;
-  auto* data = mask.mutable_data_ptr<float>();
-  for (std::int64_t h = 0; h < c.heads; ++h)
-    for (std::int64_t i = 0; i < length; ++i, data += length)
-      fill_dropout_row(site, (static_cast<std::uint64_t>(begin + i) << 16) | static_cast<std::uint64_t>(h),
-                       std::span<float>(data, static_cast<std::size_t>(length)));
-  return mask.to(at::kDouble);
-}
-
-// Rounding of one segment. Scores are sums of D products, so a probability is off by twice that relative to itself;
-// every later sum adds one unit per term. Flash attention and the kernel for bf16 products store probabilities, the output that
-// the backward pass starts from and the gradients of scores in the inputs' dtype and may sum the heads of a group in it: a unit
-// each. bf16 products flush denormal numbers to zero.
-AttentionRun segment_slack(const AttentionCase& c, const AttentionInputs& in, std::int64_t begin, std::int64_t end) {
-  const std::int64_t n = end - begin, group = c.heads / c.kv_heads;
-  const auto part = [&](const at::Tensor& x) { return exact(x.slice(0, begin, end)).transpose(0, 1); };
-  const auto wide = [&](const at::Tensor& x) { return part(x).repeat_interleave(group, 0); };
-  const at::Tensor q = part(in.q), k = wide(in.k), v = wide(in.v).abs(), g = part(in.seed).abs();
-  const bool is_flash = c.dropout == 0 && n > kLongestShort, has_products = c.dtype == at::kBFloat16 && has_bf16_products();
-  const double scale = c.options().scale,
-               stored = (is_flash && c.dtype != at::kFloat) || has_products ? unit_of(c.dtype) : 0;
-  const double tiny = has_products ? 0x1p-126 : stored > 0 ? half_denormal_step(c.dtype) : 0;
-  at::Tensor scores = at::matmul(q, k.transpose(1, 2)) * scale;
-  at::Tensor terms = at::matmul(q.abs(), k.abs().transpose(1, 2)) * scale;
-  if (c.is_causal) {
-    const at::Tensor future = at::ones({n, n}, at::kBool).triu(1);
-    scores = scores.masked_fill(future, -std::numeric_limits<double>::infinity());
-    terms = terms.masked_fill(future, 0.0);
-  }
-  const at::Tensor p = at::softmax(scores, -1);
-  const at::Tensor m = c.dropout > 0 ? keep_mask(c, begin, n) : at::ones({1}, at::kDouble);
-  const auto units = [](std::int64_t count) { return kUnit * static_cast<double>(count); };
-  const at::Tensor p_error = 2 * units(c.head_size + 4) * terms.amax(-1, true) + units(n + 16);  // relative, per row
-  const auto back = [](const at::Tensor& x) { return x.transpose(0, 1); };
-  const auto sum_group = [&](const at::Tensor& x) { return back(x.view({c.kv_heads, group, n, -1}).sum(1)); };
-  const at::Tensor pm = p * m, db = at::matmul(g, v.transpose(1, 2));
-  const at::Tensor ds = p * (db * m + (pm * db).sum(-1, true));
-  const at::Tensor ds_error = ds * (p_error + units(c.head_size + n + 16) + 4 * stored) + tiny;
-  AttentionRun slack;
-  slack.out = back(at::matmul(pm * (p_error + units(n) + stored) + tiny, v));
-  slack.dq = back(scale * at::matmul(ds_error + units(n + 4) * ds, k.abs()));
-  slack.dk = sum_group(scale * at::matmul((ds_error + (units(n + 4) + stored) * ds).transpose(1, 2), q.abs()));
-  slack.dv = sum_group(at::matmul((pm * (p_error + units(n + 4) + 2 * stored) + tiny).transpose(1, 2), g));
-  return slack;
-}
-
-void expect_near_fp64(const AttentionCase& c) {
-  const AttentionInputs in(c);
-  const AttentionRun own = run(c, in), wanted = run(c, in, true);
-  std::vector<at::Tensor> slack[4];
-  for (std::size_t s = 0; s + 1 < c.offsets.size(); ++s) {
-    const auto parts = segment_slack(c, in, c.offsets[s], c.offsets[s + 1]).named();
-    for (std::size_t i = 0; i < 4; ++i) slack[i].push_back(parts[i].second);
-  }
-  EXPECT_TRUE(own.out.is_contiguous());
-  for (std::size_t i = 0; i < 4; ++i) {
-    EXPECT_EQ(own.named()[i].second.scalar_type(), c.dtype);
-    expect_within(own.named()[i].second, wanted.named()[i].second, at::cat(slack[i]),
-                  c.text() + " " + own.named()[i].first);
-  }
-}
 
 std::vector<AttentionCase> shapes() {
   return {{.offsets = {0, 1}, .heads = 1, .kv_heads = 1, .head_size = 1},
