@@ -1,5 +1,5 @@
 #pragma once
-// The factories behind the registry, one per architecture file. Private to models/.
+// The factories behind the registry: one file per architecture, Mistral and Qwen2 in Llama's. Private to models/.
 #include <memory>
 
 #include "models/model.hpp"
@@ -9,5 +9,7 @@ namespace shardtune {
 std::unique_ptr<Model> make_bert(const ModelRequest& request);
 std::unique_ptr<Model> make_gpt2(const ModelRequest& request);
 std::unique_ptr<Model> make_llama(const ModelRequest& request);
+std::unique_ptr<Model> make_mistral(const ModelRequest& request);
+std::unique_ptr<Model> make_qwen2(const ModelRequest& request);
 
 }  // namespace shardtune

@@ -35,6 +35,8 @@ const std::vector<Architecture>& architectures() {
        Task::causal_lm,
        make_gpt2},
       {"llama", {"LlamaModel", "LlamaForCausalLM"}, Task::causal_lm, make_llama},
+      {"mistral", {"MistralModel", "MistralForCausalLM"}, Task::causal_lm, make_mistral},
+      {"qwen2", {"Qwen2Model", "Qwen2ForCausalLM"}, Task::causal_lm, make_qwen2},
   };
   return table;
 }

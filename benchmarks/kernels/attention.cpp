@@ -1,7 +1,8 @@
 // Attention over segments of one row, q, k and v in one tensor as a fused projection makes them. ATen takes equal
-// segments as a batch, unequal ones in turn.
+// segments as a batch, unequal ones in turn, a sliding window as a mask of all pairs.
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include <ATen/ATen.h>
@@ -19,6 +20,7 @@ struct Shape {
   std::int64_t heads, kv_heads, size;
   bool is_causal;
   double dropout = 0;
+  std::int64_t window = 0;  // causal only
 };
 
 std::vector<std::int64_t> equal(std::int64_t count, std::int64_t length) {
@@ -29,7 +31,10 @@ std::vector<std::int64_t> equal(std::int64_t count, std::int64_t length) {
 // (counted as by FlashAttention).
 double flops_of_forward(const Shape& shape) {
   double pairs = 0;
-  for (const std::int64_t n : shape.lengths) pairs += static_cast<double>(shape.is_causal ? n * (n + 1) / 2 : n * n);
+  for (const std::int64_t n : shape.lengths) {
+    const std::int64_t beyond = shape.window > 0 && shape.window < n ? n - shape.window : 0;  // hidden: a triangle
+    pairs += static_cast<double>(shape.is_causal ? n * (n + 1) / 2 - beyond * (beyond + 1) / 2 : n * n);
+  }
   return 2 * 2.0 * pairs * static_cast<double>(shape.heads * shape.size);
 }
 
@@ -44,9 +49,15 @@ at::Tensor aten_attention(const at::Tensor& fused, const Shape& shape, std::int6
   const auto part = [&](std::int64_t begin, std::int64_t heads) {
     return fused.slice(1, begin, begin + heads).unflatten(0, {count, length}).transpose(1, 2);
   };
+  std::optional<at::Tensor> mask;
+  if (shape.window > 0) {
+    const at::Tensor behind = at::arange(length).unsqueeze(1) - at::arange(length);
+    mask = (behind >= 0).logical_and(behind < shape.window);
+  }
   return at::scaled_dot_product_attention(part(0, shape.heads), part(shape.heads, shape.kv_heads),
-                                          part(shape.heads + shape.kv_heads, shape.kv_heads), {}, shape.dropout,
-                                          shape.is_causal, {}, /*enable_gqa=*/shape.kv_heads != shape.heads)
+                                          part(shape.heads + shape.kv_heads, shape.kv_heads), mask, shape.dropout,
+                                          shape.is_causal && !mask.has_value(), {},
+                                          /*enable_gqa=*/shape.kv_heads != shape.heads)
       .transpose(1, 2)
       .reshape({count * length, shape.heads, shape.size});
 }
@@ -72,12 +83,14 @@ void add(const Shape& shape, at::ScalarType dtype) {
       .segment_offsets = std::make_shared<const std::vector<std::int64_t>>(std::move(offsets)),
       .is_causal = shape.is_causal,
       .scale = 1 / std::sqrt(static_cast<double>(shape.size)),
+      .window = shape.window,
       .dropout = {.probability = shape.dropout, .key = 1}};
   const std::string heads =
       shape.heads == shape.kv_heads ? std::to_string(shape.heads) : fmt::format("{}of{}", shape.heads, shape.kv_heads);
   const Comparison comparison{
-      fmt::format("attention/{}/{}x{}/{}{}/{}", shape.segments, heads, shape.size, shape.is_causal ? "causal" : "full",
-                  shape.dropout > 0 ? "_dropout" : "", name_of(dtype)),
+      fmt::format("attention/{}/{}x{}/{}{}{}/{}", shape.segments, heads, shape.size,
+                  shape.is_causal ? "causal" : "full", shape.dropout > 0 ? "_dropout" : "",
+                  shape.window > 0 ? fmt::format("_window{}", shape.window) : "", name_of(dtype)),
       [=] {
         return Tensors{random_numbers({tokens, shape.heads + 2 * shape.kv_heads, shape.size}, dtype)};
       },
@@ -102,6 +115,7 @@ void add_attention() {
     add({"2x1024", equal(2, 1024), 16, 4, 128, true}, dtype);
     add({"8x512", equal(8, 512), 12, 12, 32, false}, dtype);
     add({"1x4096", equal(1, 4096), 12, 12, 64, true}, dtype);
+    add({"1x4096", equal(1, 4096), 12, 12, 64, true, 0, 512}, dtype);
     add({"32x3to65", sentences, 12, 12, 32, false}, dtype);
   }
 }

@@ -13,7 +13,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 from transformers import (BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig,
-                          LlamaForCausalLM)
+                          LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM)
 from transformers.trainer_pt_utils import LabelSmoother
 
 HERE = pathlib.Path(__file__).parent
@@ -114,15 +114,15 @@ def gpt2(name, smoothing=0.0, **changes):
     write(name, randomized(GPT2LMHeadModel(config), 9), batch, causal_forward)
 
 
-def llama(name, **changes):
-    config = LlamaConfig(**({"vocab_size": 67, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-                             "num_key_value_heads": 2, "intermediate_size": 36, "max_position_embeddings": 64} | changes))
+def llama(name, classes=(LlamaConfig, LlamaForCausalLM), **changes):
+    config = classes[0](**({"vocab_size": 67, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+                            "num_key_value_heads": 2, "intermediate_size": 36, "max_position_embeddings": 64} | changes))
     torch.manual_seed(4)
     rows = examples(config.vocab_size, (7, 1, 19, 10), 5)
     labels = [torch.cat([r[1:], torch.tensor([-100])]) for r in rows]
     labels[2][:6] = -100
     batch = {"rows": rows, "labels": flat(labels), "smoothing": 0.0}
-    write(name, randomized(LlamaForCausalLM(config), 6), batch, causal_forward)
+    write(name, randomized(classes[1](config), 6), batch, causal_forward)
 
 
 OPTIMIZERS = {  # name: (class, options, steps)
@@ -169,6 +169,9 @@ CASES = {
     "llama_rope3": lambda: llama("llama_rope3", num_key_value_heads=1, num_hidden_layers=1, rope_parameters={
         "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16}),
+    "mistral": lambda: llama("mistral", (MistralConfig, MistralForCausalLM), sliding_window=4),
+    "qwen2": lambda: llama("qwen2", (Qwen2Config, Qwen2ForCausalLM), tie_word_embeddings=True, use_sliding_window=True,
+                           sliding_window=5, max_window_layers=1),
 }
 
 if __name__ == "__main__":

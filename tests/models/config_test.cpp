@@ -1,11 +1,9 @@
-// What config.json decides: architecture, parameters, rotary frequencies, refusals; dropout at transformers' places.
-#include <functional>
+// What config.json decides: architecture, parameters, rotary frequencies, refusals.
 #include <map>
 #include <memory>
 #include <set>
 
 #include <ATen/ATen.h>
-#include <ATen/core/grad_mode.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
@@ -14,62 +12,13 @@
 #include "models/model.hpp"
 #include "models/rope_config.hpp"
 #include "models/unit.hpp"
+#include "tests/models/config_support.hpp"
 #include "tests/models/golden.hpp"
 
 namespace shardtune::testing {
 namespace {
 
 using nlohmann::json;
-
-json bert_config() {
-  return {{"model_type", "bert"},          {"vocab_size", 31},           {"hidden_size", 12},
-          {"num_hidden_layers", 2},        {"num_attention_heads", 3},   {"intermediate_size", 20},
-          {"max_position_embeddings", 16}, {"hidden_dropout_prob", 0.0}, {"attention_probs_dropout_prob", 0.0},
-          {"initializer_range", 0.4}};
-}
-json llama_config() {
-  return {{"model_type", "llama"},    {"vocab_size", 31},
-          {"hidden_size", 12},        {"num_hidden_layers", 2},
-          {"num_attention_heads", 3}, {"num_key_value_heads", 1},
-          {"intermediate_size", 20},  {"max_position_embeddings", 16},
-          {"initializer_range", 0.4}};
-}
-json gpt2_config() {
-  return {{"model_type", "gpt2"}, {"vocab_size", 31},  {"n_embd", 12},      {"n_layer", 2},      {"n_head", 3},
-          {"n_positions", 16},    {"embd_pdrop", 0.0}, {"resid_pdrop", 0.0}, {"attn_pdrop", 0.0}, {"initializer_range", 0.4}};
-}
-
-ModelRequest request_for(json& config, std::map<std::string, double> dropout = {}) {
-  const std::string type = config.value("model_type", "");
-  return {.config = &config,
-          .origin = "dir/config.json",
-          .task = type == "llama" || type == "gpt2" ? Task::causal_lm : Task::text_classification,
-          .labels = {},
-          .dropout = std::move(dropout)};
-}
-std::unique_ptr<Model> make(json config, std::map<std::string, double> dropout = {}) {
-  return make_model(request_for(config, std::move(dropout)));
-}
-json with(json config, const char* key, const json& value) {
-  config[key] = value;
-  return config;
-}
-
-void expect_refused(const json& config, const std::string& named, std::map<std::string, double> dropout = {}) {
-  try {
-    make(config, std::move(dropout));
-    ADD_FAILURE() << "accepted " << config.dump();
-  } catch (const Error& error) {
-    EXPECT_TRUE(error.kind() == ErrorKind::config || error.kind() == ErrorKind::data) << error.what();
-    EXPECT_NE(std::string(error.what()).find(named), std::string::npos) << named << " is not in: " << error.what();
-  }
-}
-
-std::set<std::string> names_of(Model& model) {
-  std::set<std::string> names;
-  for (const Parameter* parameter : all_parameters(model)) names.insert(parameter->name);
-  return names;
-}
 
 // --- refusals ----------------------------------------------------------------------------------------------------
 
@@ -103,6 +52,20 @@ TEST(ModelConfig, FieldsThatWouldChangeTheResultAreRefusedByName) {
                                                            {"quantization_config", {{"bits", 4}}},
                                                            {"attention_dropout", -0.1}};
   for (const auto& [key, value] : llama) expect_refused(with(llama_config(), key, value), key);
+  for (const auto& [key, value] : std::vector<std::pair<const char*, json>>{{"layer_types", {"sliding_attention"}},
+                                                                            {"use_sliding_window", true},
+                                                                            {"sliding_window", 0},
+                                                                            {"attention_bias", true},
+                                                                            {"mlp_bias", true}})
+    expect_refused(with(of_type("mistral"), key, value), key);
+  for (const auto& [key, value] :
+       std::vector<std::pair<const char*, json>>{{"layer_types", {"full_attention"}},
+                                                 {"layer_types", {"full_attention", "chunked_attention"}},
+                                                 {"layer_types", {"full_attention", "sliding_attention"}},
+                                                 {"max_window_layers", -1},
+                                                 {"attention_bias", false},
+                                                 {"mlp_bias", true}})
+    expect_refused(with(of_type("qwen2"), key, value), key);
   const std::vector<std::pair<const char*, json>> gpt2 = {{"add_cross_attention", true},
                                                           {"pruned_heads", {{"0", {1}}}},
                                                           {"activation_function", "quick_gelu"},
@@ -148,8 +111,11 @@ TEST(ModelConfig, ModelTypeDecidesAndTheClassCountsWithoutIt) {
   expect_refused(by_class, "not supported");
   by_class["architectures"] = {"BertModel"};
   EXPECT_NO_THROW(make(by_class));
-  // transformers would run Mistral, with its sliding window.
-  expect_refused({{"model_type", "mistral"}, {"architectures", {"LlamaForCausalLM"}}}, "model_type 'mistral'");
+  // transformers runs Mistral, with its sliding window.
+  const auto mistral = make(with(of_type("mistral"), "architectures", {"LlamaForCausalLM"}));
+  EXPECT_EQ(mistral->config_json().at("architectures"), json{"MistralForCausalLM"});
+  EXPECT_EQ(mistral->config_json().at("model_type"), "mistral");
+  expect_refused({{"model_type", "gemma2"}, {"architectures", {"LlamaForCausalLM"}}}, "model_type 'gemma2'");
   expect_refused({{"model_type", "roberta"}, {"architectures", {"RobertaModel"}}}, "RobertaModel");
   json llama = llama_config();
   ModelRequest wrong_task = request_for(llama);
@@ -170,6 +136,30 @@ TEST(ModelConfig, LlamaBiasesAndTiedHead) {
     EXPECT_TRUE(attention.contains(fmt::format("model.layers.1.self_attn.{}.bias", part))) << part;
   for (const char* part : {"gate_proj", "up_proj", "down_proj"})
     EXPECT_TRUE(mlp.contains(fmt::format("model.layers.1.mlp.{}.bias", part))) << part;
+}
+
+TEST(ModelConfig, MistralAndQwen2HaveTheirOwnBiasesAndDefaults) {
+  const auto plain = names_of(*make(llama_config()));
+  EXPECT_EQ(names_of(*make(of_type("mistral"))), plain);
+  auto biased = plain;
+  for (const char* part : {"q_proj", "k_proj", "v_proj"})
+    for (const int layer : {0, 1}) biased.insert(fmt::format("model.layers.{}.self_attn.{}.bias", layer, part));
+  EXPECT_EQ(names_of(*make(of_type("qwen2"))), biased);
+  const auto key_rows = [](json config) {
+    config["num_attention_heads"] = 32;
+    config["hidden_size"] = 64;
+    const auto model = make(config);
+    for (const Parameter* parameter : all_parameters(*model))
+      if (parameter->name == "model.layers.0.self_attn.k_proj.weight") return parameter->shape[0];
+    return std::int64_t{-1};
+  };
+  const auto without = [](json config) {
+    config.erase("num_key_value_heads");
+    return config;
+  };
+  EXPECT_EQ(key_rows(without(of_type("mistral"))), 8 * 2);
+  EXPECT_EQ(key_rows(without(of_type("qwen2"))), 32 * 2);
+  EXPECT_EQ(key_rows(with(of_type("mistral"), "num_key_value_heads", nullptr)), 32 * 2);
 }
 
 TEST(ModelConfig, NamesInWeightFilesAreMapped) {
@@ -279,93 +269,6 @@ TEST(ConfigLimits, SizesThatNoMachineHoldsAreRefusedByName) {
   json no_names = bert_config();
   no_names.erase("id2label");
   expect_refused(with(no_names, "num_labels", 1'000'001), "'num_labels' is 1000001");
-}
-
-// --- dropout
-// -----------------------------------------------------------------------------------------------------------
-
-Batch small_batch(bool has_token_types) {
-  Batch batch;
-  batch.ids = at::tensor({3, 1, 4, 1, 5, 9, 2, 6}, at::kLong);
-  batch.positions = at::tensor({0, 1, 2, 3, 4, 0, 1, 2}, at::kLong);
-  batch.segment_offsets = {0, 5, 8};
-  batch.example_index = {0, 1};
-  if (has_token_types) batch.token_types = at::tensor({0, 0, 0, 1, 1, 0, 1, 1}, at::kLong);
-  return batch;
-}
-
-using Edit = std::function<void(Parameter&)>;
-
-at::Tensor logits_of(const json& config, bool is_training, const Edit& edit = {},
-                     std::map<std::string, double> dropout = {}) {
-  at::NoGradGuard no_grad;
-  const auto model = make(config, std::move(dropout));
-  for (Unit* unit : model->units()) materialize(*unit, at::kFloat, 7);
-  for (Parameter* parameter : all_parameters(*model)) {
-    // No bias or norm weight may hide behind its initial 0 or 1.
-    if (parameter->shape.size() == 1) parameter->value += 0.1 * at::arange(1, parameter->numel() + 1).to(at::kFloat);
-    if (edit) edit(*parameter);
-  }
-  PlainRunner runner;
-  const ForwardContext context{.is_training = is_training, .seed = 1, .step = 2, .micro_batch = 3};
-  return model->forward(small_batch(model->uses_token_types()), runner, context, {.want_logits = true}).logits;
-}
-
-Edit zero_where(const std::vector<std::string>& parts) {
-  return [parts](Parameter& parameter) {
-    for (const std::string& part : parts)
-      if (parameter.name.find(part) != std::string::npos) parameter.value.zero_();
-  };
-}
-
-// Dropping everything at a place equals a model whose weights make that place zero.
-TEST(ModelDropout, ActsWhereTransformersHasIt) {
-  const json bert = bert_config(), llama = llama_config();
-  const auto dropped_all = [](const json& config, const char* key) { return logits_of(with(config, key, 1.0), true); };
-  json hidden = with(bert, "classifier_dropout", 0.0);
-  EXPECT_TRUE(at::equal(dropped_all(hidden, "hidden_dropout_prob"),
-                        logits_of(bert, false, zero_where({"embeddings.LayerNorm", "output.dense"}))))
-      << "after the embeddings' norm, after both output projections and before the residual";
-  EXPECT_TRUE(
-      at::equal(dropped_all(bert, "attention_probs_dropout_prob"), logits_of(bert, false, zero_where({"self.value"}))));
-  const at::Tensor no_pooled = logits_of(bert, false, zero_where({"classifier.weight"}));
-  EXPECT_TRUE(at::equal(dropped_all(bert, "classifier_dropout"), no_pooled));
-  EXPECT_TRUE(at::equal(dropped_all(bert, "hidden_dropout_prob"), no_pooled)) << "the classifier's default";
-  EXPECT_TRUE(at::equal(dropped_all(llama, "attention_dropout"), logits_of(llama, false, zero_where({"v_proj"}))));
-  const json gpt2 = with(gpt2_config(), "tie_word_embeddings", false);
-  EXPECT_TRUE(at::equal(dropped_all(gpt2, "embd_pdrop"), logits_of(gpt2, false, zero_where({"wte", "wpe"}))));
-  const Edit zero_values = [](Parameter& parameter) {
-    if (parameter.name.find("c_attn") != std::string::npos) parameter.value.narrow(-1, 24, 12).zero_();
-  };
-  EXPECT_TRUE(at::equal(dropped_all(gpt2, "attn_pdrop"), logits_of(gpt2, false, zero_values)));
-  EXPECT_TRUE(at::equal(dropped_all(gpt2, "resid_pdrop"), logits_of(gpt2, false, zero_where({"c_proj"}))));
-}
-
-TEST(ModelDropout, EveryPlaceMattersAtHuggingFacesDefaultsAndNoneInEvaluation) {
-  json bert = bert_config();
-  bert.erase("hidden_dropout_prob");
-  bert.erase("attention_probs_dropout_prob");  // 0.1 each
-  const at::Tensor calm = logits_of(bert_config(), true);
-  EXPECT_TRUE(at::equal(logits_of(bert, false), calm));
-  EXPECT_FALSE(at::equal(logits_of(bert, true), calm));
-  for (const char* key : {"hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"})
-    EXPECT_FALSE(at::equal(logits_of(with(bert_config(), key, 0.1), true), calm)) << key;
-  EXPECT_FALSE(
-      at::equal(logits_of(with(llama_config(), "attention_dropout", 0.1), true), logits_of(llama_config(), true)));
-  for (const char* key : {"embd_pdrop", "resid_pdrop", "attn_pdrop"})
-    EXPECT_FALSE(at::equal(logits_of(with(gpt2_config(), key, 0.1), true), logits_of(gpt2_config(), true))) << key;
-  EXPECT_TRUE(
-      at::equal(logits_of(with(llama_config(), "attention_dropout", 0.1), false), logits_of(llama_config(), true)));
-}
-
-TEST(ModelDropout, OptionsOverrideTheConfigAndUnknownOnesAreRefused) {
-  const json noisy = with(with(bert_config(), "hidden_dropout_prob", 0.5), "attention_probs_dropout_prob", 0.5);
-  const std::map<std::string, double> off{{"hidden_dropout_prob", 0.0}, {"attention_probs_dropout_prob", 0.0}};
-  EXPECT_TRUE(at::equal(logits_of(noisy, true, {}, off), logits_of(bert_config(), true)));
-  EXPECT_EQ(make(noisy, off)->config_json().at("hidden_dropout_prob"), 0.0) << "the exported model says so";
-  expect_refused(bert_config(), "attention_dropout", {{"attention_dropout", 0.1}});
-  expect_refused(llama_config(), "hidden_dropout_prob", {{"hidden_dropout_prob", 0.1}});
-  expect_refused(llama_config(), "attention_dropout", {{"attention_dropout", 2.0}});
 }
 
 }  // namespace

@@ -165,7 +165,8 @@ TEST_P(GoldenCase, Bfloat16StaysNearFp32) {
 
 INSTANTIATE_TEST_SUITE_P(Transformers, GoldenCase,
                          ::testing::Values("bert", "bert_tanh_gelu", "bert_smoothed", "gpt2", "gpt2_untied",
-                                           "gpt2_smoothed", "llama_tied", "llama_untied", "llama_rope3"),
+                                           "gpt2_smoothed", "llama_tied", "llama_untied", "llama_rope3",
+                                           "mistral", "qwen2"),
                          [](const auto& instance) { return std::string(instance.param); });
 
 }  // namespace
