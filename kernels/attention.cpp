@@ -134,13 +134,15 @@ struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grad_outputs) {
     const auto saved = ctx->get_saved_variables();
-    const at::Tensor &q = saved[0], &k = saved[1], &v = saved[2];
+    const at::Tensor &q = saved[0], &k = saved[1];
     const auto capsule = ctx->saved_data["options"].toCapsule();
     AttentionOptions options = static_cast<OptionsHolder*>(capsule.get())->options;
     const at::Tensor& bias = options.relative_bias = saved[5];
     const at::Tensor grad = grad_outputs[0].contiguous();
-    at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()),
-               dv = at::empty(v.sizes(), v.options());
+    // Side by side, as a model that made q, k and v by one product wants them (side_by_side.hpp).
+    const at::Tensor all = at::empty({q.size(0), q.size(1) + 2 * k.size(1), q.size(2)}, q.options());
+    at::Tensor dq = all.narrow(1, 0, q.size(1)), dk = all.narrow(1, q.size(1), k.size(1)),
+               dv = all.narrow(1, q.size(1) + k.size(1), k.size(1));
     if (!bias.defined()) {
       differentiate(grad, saved, options, {dq, dk, dv});
       return {dq, dk, dv, {}, {}};
