@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <functional>
 #include <map>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -48,10 +49,14 @@ constexpr std::array kPlans{"ddp", "zero1", "zero2", "zero3", "hsdp"};
 constexpr int kMaxRanks = 8;
 constexpr int kNumCases = kMaxRanks * static_cast<int>(kPlans.size());
 
-bool is_full() {
+// SHARDTUNE_SAME_BITS=full: all cases of a group, two hours of one core for MiniLM; full:N: from case N on, where such
+// a run was cut off (each case that is through has been said).
+std::string wanted_cases() {
   const char* wanted = std::getenv("SHARDTUNE_SAME_BITS");
-  return wanted != nullptr && std::string_view(wanted) == "full";
+  return wanted == nullptr ? "" : wanted;
 }
+bool is_full() { return wanted_cases().starts_with("full"); }
+int first_case() { return wanted_cases().starts_with("full:") ? std::stoi(wanted_cases().substr(5)) : 0; }
 
 struct Case {
   int ranks;
@@ -61,7 +66,7 @@ struct Case {
 std::vector<Case> cases_of_group(int group) {
   const int count = is_full() ? kNumCases : 4;
   std::vector<Case> cases;
-  for (int i = 0; i < count; ++i) {
+  for (int i = first_case(); i < count; ++i) {
     const int index = (group * count + i) * 7 % kNumCases;  // 7 has no factor in common with 40: all are different
     cases.push_back({index % kMaxRanks + 1, kPlans[static_cast<std::size_t>(index / kMaxRanks)]});
   }
@@ -89,16 +94,18 @@ void expect_one_hash(TinyFamily family, bool bf16, int group) {
   const std::string base = options.train.output_dir;
   const std::string wanted = train(options, 1, "reference");
   std::string interrupted = base + "_reference";
-  int number = 0;
+  int number = first_case();
   for (const Case& c : cases_of_group(group)) {
     set_case(options, c);
     const std::string name = fmt::format("{}_{}", c.plan, c.ranks);
     options.train.output_dir = base;
     EXPECT_EQ(train(options, c.ranks, name), wanted) << name;
     options.train.output_dir = interrupted;
-    if (is_full() || number++ % 2 == 1) {
+    if (is_full() || number % 2 == 1) {
       EXPECT_EQ(resume_on_threads(options, c.ranks, 37), wanted) << interrupted << " resumed by " << name;
     }
+    if (is_full()) fmt::print("case {}, {}: hash {}\n", number, name, wanted);
+    ++number;
     std::filesystem::remove_all(interrupted);
     interrupted = base + "_" + name;
   }
