@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import machine
 import tables
+import training_cases
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
@@ -35,10 +36,19 @@ def python(*path):
     return str(BENCHMARKS.joinpath(*path))
 
 
+# One case each, so that one that a busy machine cuts off loses no more than itself. Time limits in minutes.
+TRAINING_LIMITS = {"gpt2": 90, "gpt2-dropout": 90, "llama": 240, "minilm": 60, "minilm-fp32": 60, "alpaca": 240}
+
+
+def training(name):
+    case = training_cases.CASES[name]
+    about = f"{name} beside the Hugging Face Trainer{' and TRL' if 'packing' in case.peers else ''}: tokens/s, memory, losses"
+    return Case(about=about, program="shardtune", driver=(*PARITY, python("training.py")), arguments=("--case", name, "--repeats", "5"),
+                quick=("--case", name, "--repeats", "3", "--peers", ",".join(case.peers[:2])), minutes=(TRAINING_LIMITS[name], 60))
+
+
 CASES = {
-    "training": Case(about="whole cases beside the Hugging Face Trainer and TRL: tokens/s, memory, losses", program="shardtune",
-                     driver=(*PARITY, python("training.py")), arguments=("--repeats", "5"),
-                     quick=("--case", "minilm", "--repeats", "3", "--peers", "default,grouping"), minutes=(480, 30)),
+    **{f"training-{name}": training(name) for name in training_cases.CASES},
     "startup": Case(about="seconds to the end of the first step, beside the Trainer", program="shardtune",
                     driver=(*PARITY, python("startup.py")), arguments=("5",), quick=("3",), minutes=(20, 10)),
     "memory": Case(about="peak of a rank beside the formula and beside FSDP2", program="shardtune",

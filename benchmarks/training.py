@@ -194,9 +194,10 @@ def parse():
 
 def main():
     arguments = parse()
-    figures = results.Figures("training", arguments.json)
+    figures = results.Figures(None, arguments.json)
     print(f"{os.cpu_count()} cores, {arguments.repeats} interleaved repeats")
     for name in arguments.case:
+        figures.case = f"training-{name}"
         compare(name, arguments, figures)
     figures.finish()
 
