@@ -10,7 +10,7 @@ import peaks
 FLAGS = ("avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile")  # that matter
 MIB = 1 << 20
 CPUINFO = pathlib.Path("/proc/cpuinfo")
-# What launcher/front.cpp sets: for programs started without it.
+# What launcher/front.cpp sets where the threads fit the cores: for programs started without it.
 PROGRAM_MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 PROGRAM = PROGRAM_MALLOC | {"GOMP_SPINCOUNT": "10000"}
 if "GenuineIntel" in CPUINFO.read_text() and "avx2" in CPUINFO.read_text():

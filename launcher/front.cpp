@@ -1,9 +1,11 @@
 // The program that users start. It settles what libraries read while they are loaded, then becomes the real program
 // (libexec/shardtune beside it). It links nothing but libc, so it costs a millisecond.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <string>
+#include <string_view>
 
 #include <sched.h>
 #include <unistd.h>
@@ -21,23 +23,40 @@ bool has_fabric() {
   return static_cast<bool>(error);
 }
 
-// How OpenMP threads wait for work. libgomp's default, spinning for milliseconds, takes the core from whoever has work (a second
-// rank, a compiler): nine times slower measured. Going to sleep at once costs a fifth of a step of a small model, which has hundreds
-// of waits. So: a short spin, half a millisecond at most, where the threads of all ranks on this node fit its cores; sleep elsewhere.
-// libgomp reads this in its initialiser, before main() of whoever links it. A user's own choice stays.
-void settle_waiting() {
+long number_of(const char* text, long otherwise) {
+  return text == nullptr ? otherwise : std::strtol(text, nullptr, 10);
+}
+
+// Threads of each rank that the user has asked for; 1 where the program will share out the cores, so that its threads
+// fit.
+long wanted_threads(char** argv) {
+  const std::string_view option = "--num_threads";
+  long threads = number_of(std::getenv("OMP_NUM_THREADS"), 1);
+  for (char** argument = argv; *argument != nullptr; ++argument) {
+    const std::string_view text = *argument;
+    if (text == option) threads = number_of(argument[1], threads);
+    if (text.starts_with(option) && text.substr(option.size()).starts_with('='))
+      threads = number_of(*argument + option.size() + 1, threads);
+  }
+  return threads;
+}
+
+// How OpenMP threads wait for work. libgomp's default, spinning for milliseconds, takes the core from whoever has work
+// (a second rank, a compiler): nine times slower measured. Going to sleep at once costs a fifth of a step of a small
+// model, which has hundreds of waits. So: a short spin, half a millisecond at most, where the threads of all ranks on
+// these cores fit them; sleep elsewhere. libgomp reads this in its initialiser, before main() of whoever links it. A
+// user's own choice stays.
+void settle_waiting(char** argv) {
   if (std::getenv("GOMP_SPINCOUNT") != nullptr || std::getenv("OMP_WAIT_POLICY") != nullptr) return;
   cpu_set_t mask;
   CPU_ZERO(&mask);
-  const int own_cores = ::sched_getaffinity(0, sizeof mask, &mask) == 0 ? CPU_COUNT(&mask) : 0;
-  const auto number = [](const char* name, long otherwise) {
-    const char* text = std::getenv(name);
-    return text == nullptr ? otherwise : std::strtol(text, nullptr, 10);
-  };
-  // Without OMP_NUM_THREADS the program shares the cores out: its threads fit.
-  const long ranks = number("OMPI_COMM_WORLD_LOCAL_SIZE", 1), threads = number("OMP_NUM_THREADS", 1);
-  const bool fits = threads <= own_cores && ranks * threads <= ::sysconf(_SC_NPROCESSORS_ONLN);
-  if (fits)
+  const long cores = ::sched_getaffinity(0, sizeof mask, &mask) == 0 ? CPU_COUNT(&mask) : 0,
+             online = ::sysconf(_SC_NPROCESSORS_ONLN), threads = wanted_threads(argv);
+  // Ranks on these cores: all of the node's or, where mpirun has bound them, those whose share of the node this is.
+  long ranks = number_of(std::getenv("OMPI_COMM_WORLD_LOCAL_SIZE"), 1);
+  if (std::getenv("OMPI_MCA_orte_bound_at_launch") != nullptr)
+    ranks = std::max(1L, (ranks * cores + online - 1) / online);
+  if (threads == 1 || ranks * threads <= cores)
     ::setenv("GOMP_SPINCOUNT", "10000", 0);
   else
     ::setenv("OMP_WAIT_POLICY", "passive", 0);
@@ -67,7 +86,7 @@ void ask_for_same_sums() {
 }  // namespace
 
 int main(int /*argc*/, char** argv) {
-  settle_waiting();
+  settle_waiting(argv);
   // Open MPI's modules for Omni-Path and InfiniPath wait 0.1 s each for a device at every start, and libfabric loads them too.
   // Without any fabric they have nothing to do. This replaces a value from Open MPI's own files, so it must name ofi as well
   // (Debian's file excludes it).

@@ -1,0 +1,78 @@
+// What the front program settles before the real one starts. A script that prints its environment stands for that.
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <string>
+
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include "tests/support/tiny_run.hpp"
+
+namespace shardtune {
+namespace {
+
+using testing_support::fresh_directory;
+
+class Front : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    std::filesystem::create_directory(folder_ / "libexec");
+    std::filesystem::copy_file(testing_support::shardtune_binary(), folder_ / "shardtune");
+    const auto program = folder_ / "libexec" / "shardtune";
+    std::ofstream(program) << "#!/bin/sh\nenv\n";
+    std::filesystem::permissions(program, std::filesystem::perms::owner_all);
+    cpu_set_t mask;
+    CPU_ZERO(&mask);
+    ASSERT_EQ(::sched_getaffinity(0, sizeof mask, &mask), 0);
+    cores_ = CPU_COUNT(&mask);
+  }
+  void TearDown() override { std::filesystem::remove_all(folder_); }
+
+  // How the threads of a program started so wait: "spin", "sleep" or what the user has said.
+  std::string waiting(const std::string& variables, const std::string& arguments = "") const {
+    const auto result = testing_support::run_command(
+        fmt::format("env -u OMP_NUM_THREADS -u OMP_WAIT_POLICY -u GOMP_SPINCOUNT -u OMPI_COMM_WORLD_LOCAL_SIZE "
+                    "-u OMPI_MCA_orte_bound_at_launch {} {} train {}",
+                    variables, (folder_ / "shardtune").string(), arguments));
+    const std::string lines = "\n" + result.output;
+    const bool spins = lines.find("\nGOMP_SPINCOUNT=10000\n") != std::string::npos,
+               sleeps = lines.find("\nOMP_WAIT_POLICY=passive\n") != std::string::npos;
+    if (spins != sleeps) return spins ? "spin" : "sleep";
+    return lines;
+  }
+
+  const std::filesystem::path folder_ = fresh_directory("front");
+  int cores_ = 0;
+};
+
+TEST_F(Front, ThreadsSpinForAMomentWhereTheyFitTheCores) {
+  EXPECT_EQ(waiting(""), "spin");
+  EXPECT_EQ(waiting("OMPI_COMM_WORLD_LOCAL_SIZE=64"), "spin") << "the program shares the cores out";
+  EXPECT_EQ(waiting(fmt::format("OMP_NUM_THREADS={}", cores_)), "spin");
+  EXPECT_EQ(waiting(fmt::format("OMP_NUM_THREADS={}", cores_ + 1)), "sleep");
+  EXPECT_EQ(waiting("OMPI_COMM_WORLD_LOCAL_SIZE=2", fmt::format("--num_threads {}", cores_)),
+            cores_ == 1 ? "spin" : "sleep");
+  EXPECT_EQ(waiting("", fmt::format("--num_threads={}", cores_ + 1)), "sleep");
+  EXPECT_EQ(waiting("", fmt::format("--num_threads={} --seed 1", cores_)), "spin");
+  EXPECT_EQ(waiting("", "--num_threads"), "spin") << "the program will refuse it";
+}
+
+TEST_F(Front, BoundRanksHaveTheirCoresForThemselves) {
+  const long online = ::sysconf(_SC_NPROCESSORS_ONLN);
+  const std::string full = fmt::format("OMPI_COMM_WORLD_LOCAL_SIZE={} OMP_NUM_THREADS={}", online / cores_, cores_),
+                    crowded = fmt::format("OMPI_COMM_WORLD_LOCAL_SIZE={} OMP_NUM_THREADS=2", online + 1);
+  EXPECT_EQ(waiting(full + " OMPI_MCA_orte_bound_at_launch=1"), "spin");
+  EXPECT_EQ(waiting(crowded + " OMPI_MCA_orte_bound_at_launch=1"), "sleep");
+}
+
+TEST_F(Front, AUsersOwnChoiceStays) {
+  EXPECT_EQ(waiting("OMP_WAIT_POLICY=passive"), "sleep");
+  EXPECT_NE(waiting("OMP_WAIT_POLICY=active").find("\nOMP_WAIT_POLICY=active\n"), std::string::npos);
+  EXPECT_NE(waiting("GOMP_SPINCOUNT=77").find("\nGOMP_SPINCOUNT=77\n"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace shardtune
