@@ -1,9 +1,12 @@
 // The promise of the project: the number of ranks, the plan, recomputation and interruptions do not change a bit of the
 // result. SHARDTUNE_SAME_BITS=full runs everything, with a model of the shape of MiniLM-L6; that takes an hour or two.
+#include <algorithm>
 #include <array>
+#include <cstdio>
 #include <cstdlib>
 #include <functional>
 #include <map>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -50,13 +53,19 @@ constexpr int kMaxRanks = 8;
 constexpr int kNumCases = kMaxRanks * static_cast<int>(kPlans.size());
 
 // SHARDTUNE_SAME_BITS=full: all cases of a group, two hours of one core for MiniLM; full:N: from case N on, where such
-// a run was cut off (each case that is through has been said).
-std::string wanted_cases() {
+// a run was cut off (each case that is through has been said). -1: a part.
+int first_full_case() {
   const char* wanted = std::getenv("SHARDTUNE_SAME_BITS");
-  return wanted == nullptr ? "" : wanted;
+  if (wanted == nullptr) return -1;
+  if (std::string_view(wanted) == "full") return 0;
+  int first = -1, end = 0;
+  const bool is_number = std::sscanf(wanted, "full:%d%n", &first, &end) == 1 && wanted[end] == '\0';
+  if (!is_number || first < 0 || first >= kNumCases)
+    throw std::invalid_argument(
+        fmt::format("SHARDTUNE_SAME_BITS is '{}': full or full:0 to full:{}", wanted, kNumCases - 1));
+  return first;
 }
-bool is_full() { return wanted_cases().starts_with("full"); }
-int first_case() { return wanted_cases().starts_with("full:") ? std::stoi(wanted_cases().substr(5)) : 0; }
+bool is_full() { return first_full_case() >= 0; }
 
 struct Case {
   int ranks;
@@ -66,7 +75,7 @@ struct Case {
 std::vector<Case> cases_of_group(int group) {
   const int count = is_full() ? kNumCases : 4;
   std::vector<Case> cases;
-  for (int i = first_case(); i < count; ++i) {
+  for (int i = std::max(0, first_full_case()); i < count; ++i) {
     const int index = (group * count + i) * 7 % kNumCases;  // 7 has no factor in common with 40: all are different
     cases.push_back({index % kMaxRanks + 1, kPlans[static_cast<std::size_t>(index / kMaxRanks)]});
   }
@@ -94,17 +103,17 @@ void expect_one_hash(TinyFamily family, bool bf16, int group) {
   const std::string base = options.train.output_dir;
   const std::string wanted = train(options, 1, "reference");
   std::string interrupted = base + "_reference";
-  int number = first_case();
+  int number = std::max(0, first_full_case());
   for (const Case& c : cases_of_group(group)) {
     set_case(options, c);
     const std::string name = fmt::format("{}_{}", c.plan, c.ranks);
     options.train.output_dir = base;
-    EXPECT_EQ(train(options, c.ranks, name), wanted) << name;
+    const std::string trained = train(options, c.ranks, name);
+    EXPECT_EQ(trained, wanted) << name;
     options.train.output_dir = interrupted;
-    if (is_full() || number % 2 == 1) {
-      EXPECT_EQ(resume_on_threads(options, c.ranks, 37), wanted) << interrupted << " resumed by " << name;
-    }
-    if (is_full()) fmt::print("case {}, {}: hash {}\n", number, name, wanted);
+    const std::string resumed = is_full() || number % 2 == 1 ? resume_on_threads(options, c.ranks, 37) : wanted;
+    EXPECT_EQ(resumed, wanted) << interrupted << " resumed by " << name;
+    if (is_full()) fmt::print("case {}, {}: hashes {}, resumed {}\n", number, name, trained, resumed);
     ++number;
     std::filesystem::remove_all(interrupted);
     interrupted = base + "_" + name;
