@@ -2,10 +2,11 @@
 // Private to kernels/: attention over a packed row in bf16 arithmetic, forward and backward, for segments of any
 // length, with dropout or without. Blocks of query rows against all keys they see: softmax over whole rows, no running
 // rescaling; backward makes the probabilities again from the log-sum-exp (Dao 2022). One task per (segment, key/value
-// head), longest first, so that the number of threads changes no bit. For tensors of takes_bf16_products (bf16_gemm.hpp).
-// Legend as in attention.hpp.
+// head), longest first, so that the number of threads changes no bit. For tensors of takes_bf16_products
+// (bf16_gemm.hpp). Legend as in attention.hpp.
 //
-// Working memory of a thread, n tokens in its longest segment: forward n (4 D + 192) bytes, backward n (14 D + 130).
+// Working memory of a thread, n tokens in its longest segment: forward n (4 D + 192) bytes, backward n (14 D + 130),
+// with a relative bias n 8 more.
 #include <cstdint>
 
 #include <ATen/core/Tensor.h>

@@ -29,7 +29,8 @@ struct Blocking {
   Tasks tasks = Tasks::row_blocks;
   bool packs_all_of_left = true;  // of a block's rows; else chunk by chunk, for every block of columns anew
 
-  Blocking(const at::Tensor& left, const at::Tensor& right) : m(left.size(0)), n(right.size(1)), k(left.size(1)) {
+  Blocking(const at::Tensor& left, std::int64_t columns_of_right)
+      : m(left.size(0)), n(columns_of_right), k(left.size(1)) {
     const std::int64_t chunks = std::max<std::int64_t>(1, (k + kDepth - 1) / kDepth);
     chunk = padded((k + chunks - 1) / chunks);
     if (n >= 4 * m && padded(k) <= kNarrow) {  // a classifier's many columns: whoever needs them packs them
@@ -62,6 +63,42 @@ const Number* numbers(const at::Tensor& x) {
   return reinterpret_cast<const Number*>(x.const_data_ptr<c10::BFloat16>());
 }
 
+// The right side of a product, [K, N], in parts along one dimension. A block of 32 x 32 lies in one of them.
+class RightSide {
+ public:
+  explicit RightSide(const RightParts& given) : parts_(given.parts), dim_(given.dim) {
+    for (const at::Tensor& part : parts_) {
+      check_internal(
+          part.dim() == 2 && (part.stride(1) == 1 || part.stride(0) == 1) && part.stride(1) == parts_[0].stride(1) &&
+              part.scalar_type() == at::kBFloat16 && part.size(1 - dim_) == parts_[0].size(1 - dim_) &&
+              begin_ % kBlock == 0,
+          "the right side of a bf16 product is [K, N] with one dense dimension, in parts of multiples of 32");
+      begin_ += part.size(dim_);
+    }
+  }
+  std::int64_t rows() const { return dim_ == 0 ? begin_ : parts_[0].size(0); }
+  std::int64_t columns() const { return dim_ == 1 ? begin_ : parts_[0].size(1); }
+  bool has_dense_rows() const { return parts_[0].stride(1) == 1; }
+
+  struct Place {
+    const Number* data;
+    std::int64_t stride;  // of the dimension that is not dense
+  };
+  Place at(std::int64_t k, std::int64_t n) const {
+    std::int64_t along = dim_ == 0 ? k : n;
+    std::size_t i = 0;
+    while (along >= parts_[i].size(dim_)) along -= parts_[i++].size(dim_);
+    const at::Tensor& part = parts_[i];
+    (dim_ == 0 ? k : n) = along;
+    return {numbers(part) + k * part.stride(0) + n * part.stride(1),
+            has_dense_rows() ? part.stride(0) : part.stride(1)};
+  }
+
+ private:
+  at::TensorList parts_;
+  std::int64_t dim_, begin_ = 0;
+};
+
 // One block of 32 x 32 of a matrix as rows of 32 numbers, zeros beyond its edge: in place where it is whole.
 struct Block {
   const Number* rows;
@@ -86,17 +123,17 @@ class PackedSide {
 };
 
 // One chunk of a block of columns of `right`: for each 32 columns a panel, pairs [depth / 2, 32].
-void pack_right(const at::Tensor& right, const Blocking& b, std::int64_t column, std::int64_t first, Word* into) {
-  const bool has_dense_rows = right.stride(1) == 1;
+void pack_right(const RightSide& right, const Blocking& b, std::int64_t column, std::int64_t first, Word* into) {
   const std::int64_t end = column + b.columns_at(column);
   alignas(64) Number copy[kBlock * kBlock];
   for (std::int64_t n = column; n < end; n += kBlock)
     for (std::int64_t k = first; k < first + b.depth(first); k += kBlock, into += kBlock / 2 * kBlock) {
-      if (has_dense_rows) {
-        const Block block = block_of(numbers(right) + k * right.stride(0) + n, right.stride(0), b.k - k, b.n - n, copy);
+      const auto [data, stride] = right.at(k, n);
+      if (right.has_dense_rows()) {
+        const Block block = block_of(data, stride, b.k - k, b.n - n, copy);
         bf16::pair_rows(block.rows, block.stride, kBlock, kBlock, into, kBlock);
       } else {
-        const Block block = block_of(numbers(right) + n * right.stride(1) + k, right.stride(1), b.n - n, b.k - k, copy);
+        const Block block = block_of(data, stride, b.n - n, b.k - k, copy);
         bf16::transpose_words(words(block.rows), block.stride / 2, kBlock, kBlock / 2, into, kBlock);
       }
     }
@@ -161,7 +198,7 @@ class BlockProduct {
 };
 
 template <class Finish>
-void multiply_row_blocks(const at::Tensor& left, const at::Tensor& right, const Blocking& b, const Finish& finish) {
+void multiply_row_blocks(const at::Tensor& left, const RightSide& right, const Blocking& b, const Finish& finish) {
   PackedSide packed(padded(b.k) * padded(b.n));
   Word* const panels = packed.words();
   const auto panels_at = [&](std::int64_t n, std::int64_t first) {
@@ -192,7 +229,7 @@ void multiply_row_blocks(const at::Tensor& left, const at::Tensor& right, const 
 }
 
 template <class Finish>
-void multiply_column_blocks(const at::Tensor& left, const at::Tensor& right, const Blocking& b, const Finish& finish) {
+void multiply_column_blocks(const at::Tensor& left, const RightSide& right, const Blocking& b, const Finish& finish) {
   PackedSide packed(padded(b.m) * padded(b.k));
   Number* const rows = packed.numbers();
   at::parallel_for(0, (b.m + b.rows - 1) / b.rows, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -217,8 +254,11 @@ void multiply_column_blocks(const at::Tensor& left, const at::Tensor& right, con
 }
 
 template <class Finish>
-void multiply(const at::Tensor& left, const at::Tensor& right, const Finish& finish) {
-  const Blocking b(left, right);
+void multiply(const at::Tensor& left, const RightSide& right, const Finish& finish) {
+  check_internal(left.dim() == 2 && left.size(1) == right.rows() && (left.stride(1) == 1 || left.stride(0) == 1) &&
+                     left.scalar_type() == at::kBFloat16,
+                 "a bf16 product takes left [M, K] with one dense dimension and right [K, N]");
+  const Blocking b(left, right.columns());
   if (b.m == 0 || b.n == 0) return;
   if (b.tasks == Tasks::row_blocks)
     multiply_row_blocks(left, right, b, finish);
@@ -226,19 +266,11 @@ void multiply(const at::Tensor& left, const at::Tensor& right, const Finish& fin
     multiply_column_blocks(left, right, b, finish);
 }
 
-void check(const at::Tensor& left, const at::Tensor& right) {
-  check_internal(left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0) &&
-                     (left.stride(1) == 1 || left.stride(0) == 1) && (right.stride(1) == 1 || right.stride(0) == 1) &&
-                     left.scalar_type() == at::kBFloat16 && right.scalar_type() == at::kBFloat16,
-                 "a bf16 product takes left [M, K] and right [K, N] with one dense dimension each");
-}
-
 // The product with `bias` [N] or undefined; after_block(block, its place in the result, its sizes) follows each store.
 template <class AfterBlock>
-at::Tensor multiply_and_store(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias,
+at::Tensor multiply_and_store(const at::Tensor& left, const RightSide& right, const at::Tensor& bias,
                               const AfterBlock& after_block) {
-  const std::int64_t m = left.size(0), n = right.size(1);
-  check(left, right);
+  const std::int64_t m = left.size(0), n = right.columns();
   check_internal(!bias.defined() || (bias.numel() == n && bias.is_contiguous() && bias.scalar_type() == at::kBFloat16),
                  "a bf16 product takes a dense bias [N] of bf16");
   at::Tensor out = at::empty({m, n}, left.options());
@@ -262,10 +294,16 @@ bool takes_bf16_products(const at::Tensor& x) {
   return x.scalar_type() == at::kBFloat16 && instruction_set() >= InstructionSet::avx512_bf16;
 }
 
+at::Tensor bf16_gemm(const at::Tensor& left, const RightParts& parts, const at::Tensor& bias) {
+  const RightSide right(parts);
+  if (left.size(1) > 0)
+    return multiply_and_store(left, right, bias, [](const Number*, std::int64_t, const ActivatedBlock&) {});
+  at::Tensor out = at::zeros({left.size(0), right.columns()}, left.options());
+  return bias.defined() ? out.copy_(bias.expand_as(out)) : out;
+}
+
 at::Tensor bf16_gemm(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias) {
-  if (left.size(1) == 0)
-    return bias.defined() ? bias.expand({left.size(0), right.size(1)}).contiguous() : at::mm(left, right);
-  return multiply_and_store(left, right, bias, [](const Number*, std::int64_t, const ActivatedBlock&) {});
+  return bf16_gemm(left, RightParts{right}, bias);
 }
 
 std::pair<at::Tensor, at::Tensor> bf16_gemm_activated(const at::Tensor& left, const at::Tensor& right,
@@ -281,21 +319,21 @@ std::pair<at::Tensor, at::Tensor> bf16_gemm_activated(const at::Tensor& left, co
   const auto after_block = [&](const Number* block, std::int64_t offset, const ActivatedBlock& sizes) {
     activate_block(reinterpret_cast<const c10::BFloat16*>(block), into + offset, sizes);
   };
-  return {multiply_and_store(left, right, bias, after_block), activated};
+  return {multiply_and_store(left, RightSide({right}), bias, after_block), activated};
 }
 
 void bf16_gemm_add(const at::Tensor& left, const at::Tensor& right, at::Tensor& into) {
   if (left.size(1) == 0) return;
-  check(left, right);
   const std::int64_t m = left.size(0), n = right.size(1);
   check_internal(into.size(0) == m && into.size(1) == n && into.stride(1) == 1,
                  "a bf16 product is added to fp32 [M, N] with dense rows");
   auto* all = into.mutable_data_ptr<float>();
   const std::int64_t into_stride = into.stride(0);
-  multiply(left, right, [&](std::int64_t row, std::int64_t column, const float* sums, std::int64_t stride) {
-    bf16::add_block({sums, stride, std::min(kBlock, m - row), std::min(kBlock, n - column)},
-                    all + row * into_stride + column, into_stride);
-  });
+  multiply(left, RightSide({right}),
+           [&](std::int64_t row, std::int64_t column, const float* sums, std::int64_t stride) {
+             bf16::add_block({sums, stride, std::min(kBlock, m - row), std::min(kBlock, n - column)},
+                             all + row * into_stride + column, into_stride);
+           });
 }
 
 at::Tensor bf16_column_sums(const at::Tensor& x) {

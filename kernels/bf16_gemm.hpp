@@ -3,6 +3,7 @@
 // element are added in an order that depends on K alone, so its bits depend neither on the number of threads nor on
 // what other rows and columns there are. Only where instruction_set() has bf16 products; denormal numbers count as
 // zero.
+#include <cstdint>
 #include <utility>
 
 #include <ATen/core/Tensor.h>
@@ -17,6 +18,13 @@ bool takes_bf16_products(const at::Tensor& x);
 // left [M, K] and right [K, N] bf16, either dimension of each may be the dense one (x, x.t()) -> [M, N] bf16. bias [N]
 // bf16, dense, or undefined: added before the one rounding.
 at::Tensor bf16_gemm(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias = {});
+// The same with `right` in parts along dim 0 or 1, of the same dense dimension; all but the last are multiples of 32
+// long. The bits are those of the whole.
+struct RightParts {
+  at::TensorList parts;
+  std::int64_t dim = 0;
+};
+at::Tensor bf16_gemm(const at::Tensor& left, const RightParts& right, const at::Tensor& bias = {});
 // The same, and gelu_tanh of it while its blocks are in the first-level cache: {product, activated}.
 std::pair<at::Tensor, at::Tensor> bf16_gemm_activated(const at::Tensor& left, const at::Tensor& right,
                                                       const at::Tensor& bias, Activation activation);

@@ -6,7 +6,6 @@
 #include "core/error.hpp"
 #include "kernels/bf16_gemm.hpp"
 #include "kernels/matrix_product.hpp"
-#include "kernels/side_by_side.hpp"
 
 namespace shardtune {
 namespace {
@@ -20,8 +19,8 @@ constexpr std::int64_t kNoActivation = -1;
 struct Linear : torch::autograd::Function<Linear> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x_any, at::TensorList weights,
                             at::TensorList biases, std::int64_t activation) {
-    const at::Tensor x = x_any.contiguous(), weight = side_by_side(weights, 0),
-                     bias = biases.empty() ? at::Tensor() : side_by_side(biases, 0);
+    const at::Tensor x = x_any.contiguous();
+    const at::Tensor bias = biases.empty() ? at::Tensor() : biases.size() == 1 ? biases[0] : at::cat(biases);
     ctx->saved_data["weights"] = static_cast<std::int64_t>(weights.size());
     ctx->saved_data["has_bias"] = !biases.empty();
     ctx->saved_data["activation"] = activation;
@@ -29,9 +28,12 @@ struct Linear : torch::autograd::Function<Linear> {
     saved.insert(saved.end(), weights.begin(), weights.end());
     at::Tensor y;
     if (activation == kNoActivation) {
-      y = matrix_product(x, weight.t(), bias);
+      std::vector<at::Tensor> transposed;
+      for (const at::Tensor& weight : weights) transposed.push_back(weight.t());
+      y = matrix_product(x, transposed, 1, bias);
     } else {
-      const auto [product, activated] = bf16_gemm_activated(x, weight.t(), bias, static_cast<Activation>(activation));
+      const auto [product, activated] =
+          bf16_gemm_activated(x, weights[0].t(), bias, static_cast<Activation>(activation));
       saved.push_back(product);
       y = activated;
     }
@@ -50,23 +52,27 @@ struct Linear : torch::autograd::Function<Linear> {
       grad = activation_gradient(saved.back(), grad, static_cast<Activation>(activation));
     const bool has_bias = ctx->saved_data["has_bias"].toBool();
     variable_list result(1 + num_weights * (has_bias ? 2 : 1) + 1);
-    if (ctx->needs_input_grad(0)) result[0] = matrix_product(grad, side_by_side(weights, 0));
-    const auto wants_any = [&](std::size_t first) {
-      for (std::size_t i = 0; i < num_weights; ++i)
-        if (ctx->needs_input_grad(first + i)) return true;
-      return false;
-    };
-    // The gradient of layer i lies at outputs `at` and further.
-    const auto share_out = [&](std::size_t first, const at::Tensor& all) {
+    if (ctx->needs_input_grad(0)) result[0] = matrix_product(grad, weights, 0, {});
+    // A gradient of all layers at once, shared out; where some are frozen, one by one of the others.
+    const auto fill = [&](std::size_t first, const auto& of) {
+      std::size_t num_wanted = 0;
+      for (std::size_t i = 0; i < num_weights; ++i) num_wanted += ctx->needs_input_grad(first + i) ? 1 : 0;
+      if (num_wanted == 0) return;
+      const at::Tensor all = num_wanted == num_weights ? of(grad) : at::Tensor();
       std::int64_t at = 0;
-      for (std::size_t i = 0; i < num_weights; at += weights[i].size(0), ++i)
-        if (ctx->needs_input_grad(first + i)) result[first + i] = all.narrow(0, at, weights[i].size(0));
+      for (std::size_t i = 0; i < num_weights; at += weights[i].size(0), ++i) {
+        const std::int64_t outputs = weights[i].size(0);
+        if (!ctx->needs_input_grad(first + i)) continue;
+        result[first + i] = all.defined() ? all.narrow(0, at, outputs) : of(grad.narrow(1, at, outputs));
+      }
     };
     // In the weight's own layout, which for a view of [I, O] is the transposed one.
-    if (wants_any(1))
-      share_out(1, weights[0].stride(1) == 1 ? matrix_product(grad.t(), x) : matrix_product(x.t(), grad).t());
-    if (has_bias && wants_any(1 + num_weights))
-      share_out(1 + num_weights, takes_bf16_products(grad) ? bf16_column_sums(grad) : grad.sum(0));
+    fill(1, [&](const at::Tensor& of) {
+      return weights[0].stride(1) == 1 ? matrix_product(of.t(), x) : matrix_product(x.t(), of).t();
+    });
+    if (has_bias)
+      fill(1 + num_weights,
+           [&](const at::Tensor& of) { return takes_bf16_products(of) ? bf16_column_sums(of) : of.sum(0); });
     return result;
   }
 };

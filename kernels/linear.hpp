@@ -18,8 +18,9 @@ struct LinearOperands {
   at::Tensor bias = {};
 };
 // Several layers of the same x, all with a bias or all without, weights [O_i, I] dense in I, as one product each way ->
-// [T, sum of O_i], the results side by side (see split_columns). The gradient of x is one sum over all outputs. Weights
-// that do not lie side by side in memory are copied for the time of a product.
+// [T, sum of O_i], the results side by side (see split_columns). The gradient of x is one sum over all outputs; those
+// of the weights are views of one tensor, so none of it is freed before the last of them, except where a layer is
+// frozen. Where parts of a product must be put together first (matrix_product.hpp), weights are copied for its time.
 at::Tensor apply_linears(const at::Tensor& x, const std::vector<LinearOperands>& layers);
 
 // activate(apply_linear(x, weight, bias), activation), the same bits. gelu_tanh of bf16 is applied while the

@@ -6,6 +6,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 
 #include "kernels/bf16_gemm.hpp"
 
@@ -83,6 +84,16 @@ at::Tensor matrix_product(const at::Tensor& left, const at::Tensor& right, const
     }
   });
   return result;
+}
+
+at::Tensor matrix_product(const at::Tensor& left, at::TensorList right_parts, std::int64_t dim,
+                          const at::Tensor& bias) {
+  if (right_parts.size() == 1) return matrix_product(left, right_parts[0], bias);
+  const auto all_but_last = right_parts.slice(0, right_parts.size() - 1);
+  const bool is_cut_at_blocks = std::all_of(all_but_last.begin(), all_but_last.end(),
+                                            [dim](const at::Tensor& part) { return part.size(dim) % 32 == 0; });
+  if (takes_bf16_products(left) && is_cut_at_blocks) return bf16_gemm(left, RightParts{right_parts, dim}, bias);
+  return matrix_product(left, at::cat(right_parts, dim), bias);
 }
 
 void matrix_product_add(const at::Tensor& left, const at::Tensor& right, at::Tensor& into) {

@@ -4,6 +4,8 @@
 // mode, which launcher/front.cpp asks for on Intel's processors). Everything else is cut into blocks by the size of the
 // result alone, and ATen computes each on one thread; were it to share a product among threads, it would cut long sums
 // (K of 1000 and more) by their number. Blocks take up to a quarter longer, most for small products.
+#include <cstdint>
+
 #include <ATen/core/Tensor.h>
 
 namespace shardtune {
@@ -11,6 +13,10 @@ namespace shardtune {
 // left [M, K] and right [K, N] of one floating dtype, either dimension of each may be the dense one (x, x.t()) -> [M,
 // N]. bias [N] or undefined: added to every row. No autograd.
 at::Tensor matrix_product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias = {});
+
+// The same with `right` in parts along dim 0 or 1. They are put together first, except where bf16 is multiplied by
+// bf16_gemm.hpp and all parts but the last are multiples of 32 long.
+at::Tensor matrix_product(const at::Tensor& left, at::TensorList right_parts, std::int64_t dim, const at::Tensor& bias);
 
 // into [M, N] += left right, fp32 with dense rows. 16-bit products are rounded to 16 bits before they are added, except
 // on a processor with bf16 products.

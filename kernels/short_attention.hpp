@@ -24,7 +24,7 @@ void short_attention_forward(const at::Tensor& q, const at::Tensor& k, const at:
                              const AttentionOptions& options, at::Tensor& out, at::Tensor& log_sum_exp);
 
 struct AttentionGradients {
-  at::Tensor &q, &k, &v;                // contiguous, dtype of the inputs
+  at::Tensor &q, &k, &v;                // dense last dimension, dtype of the inputs
   at::Tensor* diagonal_sums = nullptr;  // see attention_hooks.hpp; null without a relative bias
 };
 // grad [T, H, D] contiguous. Fills rows of all short segments.

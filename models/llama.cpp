@@ -2,7 +2,7 @@
 // tied or untied head. Mistral (Jiang et al. 2023) and Qwen2 (Yang et al. 2024) are the same with other defaults, a
 // sliding window, and for Qwen2 biases of queries, keys and values.
 // Legend: T tokens of the row, D hidden size, H query heads, G key/value heads, K head size, F intermediate size,
-// V vocabulary.
+// V vocabulary, N = (H + 2 G) K.
 #include <cmath>
 #include <deque>
 #include <string_view>
@@ -217,10 +217,12 @@ void Llama::add_layer(std::int64_t n) {
 at::Tensor Llama::attend(const LlamaLayer& layer, const at::Tensor& x_TD, const AttentionOptions& attention,
                          const RopeTables& tables) const {
   const std::int64_t tokens = x_TD.size(0), keys = config_.num_kv_heads * config_.head_size;
-  const at::Tensor all = apply_linears(x_TD, {layer.query.operands(), layer.key.operands(), layer.value.operands()});
-  const auto parts = split_columns(all, {all.size(1) - 2 * keys, keys, keys});
-  const auto part = [&](std::size_t i) { return parts[i].view({tokens, -1, config_.head_size}); };
-  const at::Tensor mixed_THK = varlen_attention(rope(part(0), tables), rope(part(1), tables), part(2), attention);
+  const at::Tensor all_TN = apply_linears(x_TD, {layer.query.operands(), layer.key.operands(), layer.value.operands()});
+  const auto parts_TN = split_columns(all_TN, {all_TN.size(1) - 2 * keys, keys, keys});
+  const auto part = [&](std::size_t i) { return parts_TN[i].view({tokens, -1, config_.head_size}); };
+  // Attention keeps the values until backward: not all of the product for their sake.
+  const at::Tensor v_TGK = part(2).contiguous();
+  const at::Tensor mixed_THK = varlen_attention(rope(part(0), tables), rope(part(1), tables), v_TGK, attention);
   return layer.output(mixed_THK.view({tokens, -1}));
 }
 

@@ -101,17 +101,15 @@ TEST(Linear, TheNumberOfThreadsDoesNotChangeABit) {
 
 TEST(Linear, LayersOfOneInputAreOneProduct) {
   for (const bool has_bias : {true, false})
-    for (const bool lie_side_by_side : {true, false})
+    for (const std::vector<std::int64_t>& outs : std::vector<std::vector<std::int64_t>>{{40, 7, 65}, {32, 64, 16}})
       for (const at::ScalarType dtype : kDtypes) {
-        const std::vector<std::int64_t> outs{40, 7, 65};
         const at::Tensor x = leaf(random_tensor(1, {75, 90}, dtype)), seed = random_tensor(4, {75, 112}, dtype);
         const at::Tensor all_w = random_tensor(2, {112, 90}, dtype), all_b = random_tensor(3, {112}, dtype);
         std::vector<LinearOperands> layers;
         std::vector<at::Tensor> inputs{x};
         for (std::int64_t i = 0, at = 0; i < 3; at += outs[static_cast<std::size_t>(i++)]) {
           const auto cut = [&](const at::Tensor& all) {
-            const at::Tensor part = all.narrow(0, at, outs[static_cast<std::size_t>(i)]);
-            return (lie_side_by_side ? part : part.clone()).detach().requires_grad_(true);
+            return leaf(all.narrow(0, at, outs[static_cast<std::size_t>(i)]));
           };
           layers.push_back({cut(all_w), has_bias ? cut(all_b) : at::Tensor()});
           inputs.push_back(layers.back().weight);
@@ -132,12 +130,30 @@ TEST(Linear, LayersOfOneInputAreOneProduct) {
       }
 }
 
-TEST(Linear, AFrozenLayerAmongOthersGetsNoGradient) {
-  const at::Tensor x = leaf(random_tensor(1, {9, 6})), frozen = random_tensor(2, {4, 6}),
-                   w = leaf(random_tensor(3, {5, 6}));
-  const at::Tensor y = apply_linears(x, {{frozen}, {w}}), seed = random_tensor(4, {9, 9});
-  expect_within(gradients(y, seed, {w})[0], at::mm(exact(seed).narrow(1, 4, 5).t(), exact(x)),
-                16 * kUnit * at::mm(magnitude(seed).narrow(1, 4, 5).t(), magnitude(x)), "dw");
+TEST(Linear, FrozenLayersAmongOthersGetNoGradient) {
+  for (const at::ScalarType dtype : kDtypes) {
+    const at::Tensor x = leaf(random_tensor(1, {9, 6}, dtype)), seed = random_tensor(4, {9, 12}, dtype);
+    // Of three layers the first weight and the last two biases are frozen.
+    const std::vector<bool> trains_weight{false, true, true}, trains_bias{true, false, false};
+    std::vector<LinearOperands> layers;
+    for (std::size_t i = 0; i < 3; ++i) {
+      const at::Tensor w = random_tensor(10 + i, {4, 6}, dtype), b = random_tensor(20 + i, {4}, dtype);
+      layers.push_back({trains_weight[i] ? leaf(w) : w, trains_bias[i] ? leaf(b) : b});
+    }
+    apply_linears(x, layers).backward(seed);
+    for (std::size_t i = 0; i < 3; ++i) {
+      const at::Tensor g = exact(seed).narrow(1, static_cast<std::int64_t>(i) * 4, 4), &dw = layers[i].weight.grad(),
+                       &db = layers[i].bias.grad();
+      ASSERT_EQ(dw.defined(), trains_weight[i]);
+      ASSERT_EQ(db.defined(), trains_bias[i]);
+      if (dw.defined()) {
+        expect_within(dw, at::mm(g.t(), exact(x)), 16 * kUnit * at::mm(g.abs().t(), magnitude(x)), "dw");
+        EXPECT_EQ(dw.storage().nbytes(), static_cast<std::size_t>(dw.nbytes()))
+            << "nothing of the frozen layer is held";
+      }
+      if (db.defined()) expect_within(db, g.sum(0), 16 * kUnit * g.abs().sum(0), "db");
+    }
+  }
 }
 
 TEST(Linear, AnActivationInTheStoreChangesNoBit) {
@@ -163,21 +179,16 @@ TEST(Linear, AnActivationInTheStoreChangesNoBit) {
 TEST(SideBySide, OnlyWhatLiesSideBySideIsAView) {
   const at::Tensor all = random_tensor(1, {6, 10});
   const auto columns = [&](std::int64_t at, std::int64_t n) { return all.narrow(1, at, n); };
-  const auto rows = [&](std::int64_t at, std::int64_t n) { return all.narrow(0, at, n); };
-  const auto expect = [&](const std::vector<at::Tensor>& parts, std::int64_t dim, bool is_view) {
-    const at::Tensor made = side_by_side(parts, dim);
-    expect_same_bits(made, at::cat(parts, dim), "cat");
+  const auto expect = [&](const std::vector<at::Tensor>& parts, bool is_view) {
+    const at::Tensor made = side_by_side(parts);
+    expect_same_bits(made, at::cat(parts, 1), "cat");
     EXPECT_EQ(made.is_alias_of(all), is_view);
   };
-  expect({columns(0, 3), columns(3, 2), columns(5, 5)}, 1, true);
-  expect({columns(0, 3), columns(5, 5), columns(3, 2)}, 1, false);
-  expect({columns(0, 3), columns(4, 6)}, 1, false);
-  expect({columns(0, 3), columns(3, 3)}, 1, false);  // not the whole rows
-  expect({rows(1, 2), rows(3, 1)}, 0, true);
-  expect({rows(1, 2), rows(4, 1)}, 0, false);
-  expect({rows(3, 1), rows(1, 2)}, 0, false);
-  expect({rows(1, 2), rows(3, 1).clone()}, 0, false);
-  expect({all.flatten().narrow(0, 2, 5), all.flatten().narrow(0, 7, 4)}, 0, true);
+  expect({columns(0, 3), columns(3, 2), columns(5, 5)}, true);
+  expect({columns(0, 3), columns(5, 5), columns(3, 2)}, false);
+  expect({columns(0, 3), columns(4, 6)}, false);
+  expect({columns(0, 3), columns(3, 3)}, false);  // not the whole rows
+  expect({columns(0, 3), columns(3, 7).clone()}, false);
 }
 
 TEST(Linear, RepeatedRunsGiveTheSameBits) {
