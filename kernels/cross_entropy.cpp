@@ -87,10 +87,7 @@ SHARDTUNE_INLINE double softmax_row(T* row, std::int64_t width, std::int64_t lab
   for (std::int64_t at = 0; at < width; at += kLanes) {
     Float g = simd::exp_non_positive(load_logits(row, at, width) - max) * factor;
     if constexpr (kIsSmoothed) g -= scaled_share;
-    if (width - at >= kLanes)
-      simd::store(row + at, g);
-    else
-      simd::store_some(row + at, g, width - at);
+    simd::store_at(row, at, width, g);
   }
   // p - 1 from the complement, so that a confident row keeps its digits.
   double label_gradient = std::expm1(static_cast<double>(target) - std::log(sum));

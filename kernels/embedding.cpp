@@ -34,12 +34,8 @@ void add_rows(const at::Tensor& ids, const at::Tensor& grad, std::int64_t zero_r
         const T* g = from + t * width;
         float* w = to + id[t] * width;
         for (std::int64_t block = begin; block < end; ++block) {
-          const std::int64_t at = block * simd::kLanes, left = width - at;
-          if (left >= simd::kLanes) {
-            simd::store(w + at, simd::load(w + at) + simd::load(g + at));
-          } else {
-            simd::store_some(w + at, simd::load_some(w + at, left, 0.0F) + simd::load_some(g + at, left, 0.0F), left);
-          }
+          const std::int64_t at = block * simd::kLanes;
+          simd::store_at(w, at, width, simd::load_at(w, at, width) + simd::load_at(g, at, width));
         }
       }
     });

@@ -15,34 +15,24 @@ namespace {
 
 using simd::Float;
 using simd::kLanes;
+using simd::load_at;
+using simd::store_at;
 
 SHARDTUNE_INLINE Float sigmoid(const Float& x) {
   const Float small = simd::exp_non_positive(x < 0.0F ? x : -x);  // e^-|x| never overflows
   return (x < 0.0F ? small : simd::broadcast(1.0F)) / (small + 1.0F);
 }
 
-template <class T>
-SHARDTUNE_INLINE Float load_at(const T* from, std::int64_t left) {
-  return left >= kLanes ? simd::load(from) : simd::load_some(from, left, 0.0F);
-}
-template <class T>
-SHARDTUNE_INLINE void store_at(T* to, const Float& value, std::int64_t left) {
-  if (left >= kLanes)
-    simd::store(to, value);
-  else
-    simd::store_some(to, value, left);
-}
-
 constexpr std::int64_t kElementsOfATask = 16384;
 
-// body(row, column, elements left in the row) for every vector of [rows, width], shared among threads by rows.
+// body(row, column) for every vector of [rows, width], shared among threads by rows.
 template <class Body>
 void for_each_vector(std::int64_t rows, std::int64_t width, const Body& body) {
   const std::int64_t grain = std::max<std::int64_t>(1, kElementsOfATask / std::max<std::int64_t>(1, width));
   at::parallel_for(0, rows, grain, [&](std::int64_t begin, std::int64_t end) {
     simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
       for (std::int64_t row = begin; row < end; ++row)
-        for (std::int64_t at = 0; at < width; at += kLanes) body(row, at, width - at);
+        for (std::int64_t at = 0; at < width; at += kLanes) body(row, at);
     });
   });
 }
@@ -53,10 +43,10 @@ at::Tensor run_forward(const at::Tensor& gate_up) {
   at::Tensor out = at::empty({rows, width}, gate_up.options());
   const T* in = gate_up.const_data_ptr<T>();
   T* o = out.mutable_data_ptr<T>();
-  for_each_vector(rows, width, [&](std::int64_t row, std::int64_t at, std::int64_t left) SHARDTUNE_VECTOR_BODY {
-    const T* gate = in + row * 2 * width + at;
-    const Float x = load_at(gate, left);
-    store_at(o + row * width + at, x * sigmoid(x) * load_at(gate + width, left), left);
+  for_each_vector(rows, width, [&](std::int64_t row, std::int64_t at) SHARDTUNE_VECTOR_BODY {
+    const T* gate = in + row * 2 * width;
+    const Float x = load_at(gate, at, width);
+    store_at(o + row * width, at, width, x * sigmoid(x) * load_at(gate + width, at, width));
   });
   return out;
 }
@@ -67,12 +57,12 @@ at::Tensor run_backward(const at::Tensor& grad, const at::Tensor& gate_up) {
   at::Tensor d_gate_up = at::empty_like(gate_up);
   const T *in = gate_up.const_data_ptr<T>(), *d = grad.const_data_ptr<T>();
   T* out = d_gate_up.mutable_data_ptr<T>();
-  for_each_vector(rows, width, [&](std::int64_t row, std::int64_t at, std::int64_t left) SHARDTUNE_VECTOR_BODY {
-    const T* gate = in + row * 2 * width + at;
-    T* d_gate = out + row * 2 * width + at;
-    const Float x = load_at(gate, left), g = load_at(d + row * width + at, left), s = sigmoid(x);
-    store_at(d_gate + width, g * x * s, left);
-    store_at(d_gate, g * load_at(gate + width, left) * s * (1.0F + x * (1.0F - s)), left);
+  for_each_vector(rows, width, [&](std::int64_t row, std::int64_t at) SHARDTUNE_VECTOR_BODY {
+    const T* gate = in + row * 2 * width;
+    T* d_gate = out + row * 2 * width;
+    const Float x = load_at(gate, at, width), g = load_at(d + row * width, at, width), s = sigmoid(x);
+    store_at(d_gate + width, at, width, g * x * s);
+    store_at(d_gate, at, width, g * load_at(gate + width, at, width) * s * (1.0F + x * (1.0F - s)));
   });
   return d_gate_up;
 }

@@ -9,6 +9,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include "kernels/bf16_gemm.hpp"
+#include "kernels/bf16_tiles.hpp"
 
 // MKL's own (mkl_service.h, which LibTorch does not bring along); absent from a LibTorch without MKL.
 extern "C" int MKL_Set_Num_Threads_Local(int num_threads) __attribute__((weak));
@@ -90,8 +91,9 @@ at::Tensor matrix_product(const at::Tensor& left, at::TensorList right_parts, st
                           const at::Tensor& bias) {
   if (right_parts.size() == 1) return matrix_product(left, right_parts[0], bias);
   const auto all_but_last = right_parts.slice(0, right_parts.size() - 1);
-  const bool is_cut_at_blocks = std::all_of(all_but_last.begin(), all_but_last.end(),
-                                            [dim](const at::Tensor& part) { return part.size(dim) % 32 == 0; });
+  const bool is_cut_at_blocks = std::all_of(all_but_last.begin(), all_but_last.end(), [dim](const at::Tensor& part) {
+    return part.size(dim) % bf16::kBlock == 0;
+  });
   if (takes_bf16_products(left) && is_cut_at_blocks) return bf16_gemm(left, RightParts{right_parts, dim}, bias);
   return matrix_product(left, at::cat(right_parts, dim), bias);
 }

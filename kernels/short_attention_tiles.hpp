@@ -60,21 +60,13 @@ SHARDTUNE_INLINE void multiply_add(Strided a, const float* b, std::int64_t ldb, 
 template <class T>
 SHARDTUNE_INLINE void load_rows(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t size, float* into) {
   for (std::int64_t t = 0; t < rows; ++t)
-    for (std::int64_t d = 0; d < size; d += kLanes) {
-      const T* at = from + t * stride + d;
-      simd::store(into + t * padded(size) + d,
-                  size - d >= kLanes ? simd::load(at) : simd::load_some(at, size - d, 0.0F));
-    }
+    for (std::int64_t d = 0; d < size; d += kLanes)
+      simd::store(into + t * padded(size) + d, simd::load_at(from + t * stride, d, size));
 }
 
 template <class T>
 SHARDTUNE_INLINE void store_row(const float* from, std::int64_t size, T* into) {
-  for (std::int64_t d = 0; d < size; d += kLanes) {
-    if (size - d >= kLanes)
-      simd::store(into + d, simd::load(from + d));
-    else
-      simd::store_some(into + d, simd::load(from + d), size - d);
-  }
+  for (std::int64_t d = 0; d < size; d += kLanes) simd::store_at(into, d, size, simd::load(from + d));
 }
 
 // [rows, padded(size)] -> [size, padded(rows)]

@@ -63,7 +63,7 @@ Gpt2Config read_config(const ModelRequest& request) {
 struct Conv1dParameters {
   Parameter *weight = nullptr, *bias = nullptr;
   LinearOperands operands() const { return {weight->value.t(), bias->value}; }
-  at::Tensor operator()(const at::Tensor& x) const { return apply_linear(x, weight->value.t(), bias->value); }
+  at::Tensor operator()(const at::Tensor& x) const { return apply_linears(x, {operands()}); }
 };
 
 struct Gpt2Layer {

@@ -14,10 +14,7 @@ LinearOperands LinearParameters::operands() const {
   return {weight->value, bias == nullptr ? at::Tensor() : bias->value};
 }
 
-at::Tensor LinearParameters::operator()(const at::Tensor& x) const {
-  const auto [own_weight, own_bias] = operands();
-  return apply_linear(x, own_weight, own_bias);
-}
+at::Tensor LinearParameters::operator()(const at::Tensor& x) const { return apply_linears(x, {operands()}); }
 
 at::Tensor LinearParameters::activated(const at::Tensor& x, Activation activation) const {
   return apply_activated_linear(x, operands(), activation);

@@ -42,40 +42,24 @@ std::vector<AttentionCase> short_shapes() {
 
 TEST(AttentionHooks, ValuesAndGradientsOfShortSegmentsLieWithinTheRoundingOfFp64) {
   for (const AttentionCase& shape : short_shapes())
-    for (AttentionCase c : with_hooks(shape, {1, 5, 32, 65, 1000}))
-      for (const bool is_causal : {false, true})
-        for (const at::ScalarType dtype : kDtypes) {
-          c.is_causal = is_causal;
-          c.dtype = dtype;
-          expect_near_fp64(c);
-        }
+    for (const AttentionCase& c : with_hooks(shape, {1, 5, 32, 65, 1000})) expect_near_fp64_in_every_mode(c);
 }
 
 TEST(AttentionHooks, ValuesAndGradientsOfLongSegmentsLieWithinTheRoundingOfFp64) {
   for (const AttentionCase& shape :
        std::vector<AttentionCase>{{.offsets = {0, 3, 303}, .heads = 4, .kv_heads = 2, .head_size = 32},
                                   {.offsets = {0, 256, 513, 530}, .heads = 2, .kv_heads = 1, .head_size = 16}})
-    for (AttentionCase c : with_hooks(shape, {1, 47, 256}))
-      for (const bool is_causal : {false, true})
-        for (const at::ScalarType dtype : kDtypes) {
-          c.is_causal = is_causal;
-          c.dtype = dtype;
-          expect_near_fp64(c);
-        }
+    for (const AttentionCase& c : with_hooks(shape, {1, 47, 256})) expect_near_fp64_in_every_mode(c);
 }
 
 TEST(AttentionHooks, WithDropoutTheSameAgainstTheMaskedReference) {
   for (const AttentionCase& shape :
        std::vector<AttentionCase>{{.offsets = {0, 7, 8, 140}, .heads = 2, .kv_heads = 1, .head_size = 20},
                                   {.offsets = {0, 290}, .heads = 1, .kv_heads = 1, .head_size = 12}})
-    for (AttentionCase c : with_hooks(shape, {21}))
-      for (const bool is_causal : {false, true})
-        for (const at::ScalarType dtype : kDtypes) {
-          c.is_causal = is_causal;
-          c.dtype = dtype;
-          c.dropout = 0.3;
-          expect_near_fp64(c);
-        }
+    for (AttentionCase c : with_hooks(shape, {21})) {
+      c.dropout = 0.3;
+      expect_near_fp64_in_every_mode(c);
+    }
 }
 
 // What a query at 200 sees: its last keys, itself among them, or as many on either side.

@@ -182,4 +182,13 @@ void expect_near_fp64(const AttentionCase& c) {
   }
 }
 
+void expect_near_fp64_in_every_mode(AttentionCase c) {
+  for (const bool is_causal : {false, true})
+    for (const at::ScalarType dtype : kDtypes) {
+      c.is_causal = is_causal;
+      c.dtype = dtype;
+      expect_near_fp64(c);
+    }
+}
+
 }  // namespace shardtune::testing

@@ -46,5 +46,7 @@ AttentionRun run(const AttentionCase& c, const AttentionInputs& in, bool referen
 
 // Values and gradients of the kernel lie within the rounding of fp64 ones.
 void expect_near_fp64(const AttentionCase& c);
+// So they do for causal and other attention in every dtype.
+void expect_near_fp64_in_every_mode(AttentionCase c);
 
 }  // namespace shardtune::testing
