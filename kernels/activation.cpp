@@ -48,20 +48,11 @@ SHARDTUNE_INLINE Float gelu_tanh(const Float& x) {
 // y = gelu(x), or y = gelu'(x) grad, of consecutive numbers.
 template <Wanted kWanted, class T>
 SHARDTUNE_INLINE void gelu_row(const T* x, [[maybe_unused]] const T* grad, T* y, std::int64_t numel) {
-  const auto lanes = [&](std::int64_t at, std::int64_t count) SHARDTUNE_VECTOR_BODY {
-    const auto load = [&](const T* from) SHARDTUNE_VECTOR_BODY {
-      return count == kLanes ? simd::load(from + at) : simd::load_some(from + at, count, 0.0F);
-    };
-    Float result = gelu_tanh<kWanted>(load(x));
-    if constexpr (kWanted == Wanted::slope) result *= load(grad);
-    if (count == kLanes)
-      simd::store(y + at, result);
-    else
-      simd::store_some(y + at, result, count);
-  };
-  const std::int64_t whole = numel / kLanes * kLanes;
-  for (std::int64_t at = 0; at < whole; at += kLanes) lanes(at, kLanes);
-  if (whole < numel) lanes(whole, numel - whole);
+  simd::for_each_vector(numel, [&](std::int64_t at, std::int64_t end) SHARDTUNE_VECTOR_BODY {
+    Float result = gelu_tanh<kWanted>(simd::load_at(x, at, end));
+    if constexpr (kWanted == Wanted::slope) result *= simd::load_at(grad, at, end);
+    simd::store_at(y, at, end, result);
+  });
 }
 
 at::Tensor run_gelu(const at::Tensor& x, const at::Tensor& grad) {
@@ -84,11 +75,9 @@ at::Tensor run_gelu(const at::Tensor& x, const at::Tensor& grad) {
   return y;
 }
 
-void gelu_block(const c10::BFloat16* x, c10::BFloat16* y, const ActivatedBlock& block) {
+void gelu_block(const c10::BFloat16* x, c10::BFloat16* y, std::int64_t numel) {
   simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
-    for (std::int64_t row = 0; row < block.rows; ++row)
-      gelu_row<Wanted::value>(x + row * block.stride, static_cast<const c10::BFloat16*>(nullptr),
-                              y + row * block.stride, block.columns);
+    gelu_row<Wanted::value>(x, static_cast<const c10::BFloat16*>(nullptr), y, numel);
   });
 }
 

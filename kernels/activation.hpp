@@ -23,10 +23,7 @@ at::Tensor activate(const at::Tensor& x, Activation activation);
 
 // Private to kernels/: the pieces of gelu_tanh for a product that applies it while it stores its result
 // (bf16_gemm.hpp), the same bits as activate() and its gradient.
-struct ActivatedBlock {
-  std::int64_t rows, columns, stride;  // of x and y
-};
-using ActivateBlock = void (*)(const c10::BFloat16* x, c10::BFloat16* y, const ActivatedBlock& block);
+using ActivateBlock = void (*)(const c10::BFloat16* x, c10::BFloat16* y, std::int64_t numel);
 ActivateBlock find_block_activation(Activation activation);  // null for others than gelu_tanh
 // grad times the derivative at x, both contiguous. gelu_tanh only.
 at::Tensor activation_gradient(const at::Tensor& x, const at::Tensor& grad, Activation activation);

@@ -299,8 +299,9 @@ void backward_task(const Problem& p, const AttentionSaved& saved, const Task& ta
   const Rows d_k = mutable_rows_of(into.k, task.begin, task.kv_head),
              d_v = mutable_rows_of(into.v, task.begin, task.kv_head);
   const std::int64_t depth = padded(view.head_size);
-  bf16::store_block({memory.keys.d_keys, depth, view.num_keys, view.head_size}, d_k.data, d_k.stride);
-  bf16::store_block({memory.keys.d_values, depth, view.num_keys, view.head_size}, d_v.data, d_v.stride, view.keep_scale);
+  bf16::store_block({memory.keys.d_keys, depth, view.num_keys, view.head_size}, {d_k.data, d_k.stride});
+  bf16::store_block({memory.keys.d_values, depth, view.num_keys, view.head_size}, {d_v.data, d_v.stride},
+                    view.keep_scale);
 }
 
 }  // namespace

@@ -224,8 +224,8 @@ void forward_block(const HeadView& head, const ForwardKeys& keys, const ForwardB
   multiply({scratch.probabilities + first, stride, keys.value_pairs + first / 2 * depth, depth, scratch.mixed, depth,
             kBlock, depth, columns});
   for (std::int64_t r = 0; r < block.rows; ++r)
-    store_block({scratch.mixed + r * depth, depth, 1, head.head_size}, block.out + r * block.out_stride, block.out_stride,
-                inverse[r]);
+    store_block({scratch.mixed + r * depth, depth, 1, head.head_size},
+                {block.out + r * block.out_stride, block.out_stride}, inverse[r]);
 }
 
 void pack_backward_keys(const HeadView& head, const std::uint16_t* k, std::int64_t k_stride, const std::uint16_t* v,
@@ -276,7 +276,7 @@ void backward_block(const HeadView& head, const BackwardKeys& keys, const Backwa
             depth, width, range.end - range.first});
   transpose_words(reinterpret_cast<const std::uint32_t*>(s.d_queries), width, depth, width,
                   reinterpret_cast<std::uint32_t*>(s.d_query_rows), depth);
-  store_block({s.d_query_rows, depth, block.rows, head.head_size}, block.d_q, block.d_q_stride);
+  store_block({s.d_query_rows, depth, block.rows, head.head_size}, {block.d_q, block.d_q_stride});
 }
 
 }  // namespace shardtune::bf16

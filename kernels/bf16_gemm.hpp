@@ -25,7 +25,10 @@ struct RightParts {
   std::int64_t dim = 0;
 };
 at::Tensor bf16_gemm(const at::Tensor& left, const RightParts& right, const at::Tensor& bias = {});
-// The same, and gelu_tanh of it while its blocks are in the first-level cache: {product, activated}.
+// [M, N] without bias, rows padded to a multiple of 32 numbers: its rows are not next to each other in memory unless N
+// is one. For a large result with an odd N, whose stores would otherwise cross cache lines.
+at::Tensor bf16_gemm_aligned(const at::Tensor& left, const at::Tensor& right);
+// The same as the first, and gelu_tanh of it while its blocks are in the first-level cache: {product, activated}.
 std::pair<at::Tensor, at::Tensor> bf16_gemm_activated(const at::Tensor& left, const at::Tensor& right,
                                                       const at::Tensor& bias, Activation activation);
 // into [M, N] += left right, fp32 with dense rows: no sum is rounded to bf16.

@@ -118,6 +118,32 @@ void transpose_16(const std::uint32_t* from, std::int64_t stride, std::uint32_t*
   }
 }
 
+// value_of(sums, column): what is stored of 16 of them. 32 columns are one store.
+template <bool kStreams, class ValueOf>
+[[gnu::always_inline]] inline void store_rows(const Sums& sums, const Target& into, const ValueOf& value_of) {
+  const float* from = sums.data;
+  std::uint16_t* row = into.data;
+  for (std::int64_t r = 0; r < sums.rows; ++r, from += sums.stride, row += into.stride) {
+    std::int64_t c = 0;
+    for (; c + kBlock <= sums.columns; c += kBlock) {
+      const __m512 low = value_of(from + c, c), high = value_of(from + c + kLanes, c + kLanes);
+      const auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+      if constexpr (kStreams)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(row + c), both);
+      else
+        _mm512_storeu_si512(row + c, both);
+    }
+    for (; c < sums.columns; c += kLanes) store_bf16(row + c, lanes_below(sums.columns - c), value_of(from + c, c));
+  }
+}
+template <class ValueOf>
+void store_rows(const Sums& sums, const Target& into, const ValueOf& value_of) {
+  if (into.streams)
+    store_rows<true>(sums, into, value_of);
+  else
+    store_rows<false>(sums, into, value_of);
+}
+
 }  // namespace
 
 TileSession::TileSession() {
@@ -125,6 +151,7 @@ TileSession::TileSession() {
   _tile_loadconfig(&kTileConfig);
 }
 TileSession::~TileSession() {
+  _mm_sfence();
   if (has_tiles()) _tile_release();  // also tells the processor to save less at a switch of threads
 }
 
@@ -171,21 +198,26 @@ void transpose_words(const std::uint32_t* from, std::int64_t stride, std::int64_
       transpose_16(from + r * stride + c, stride, into + c * into_stride + r, into_stride);
 }
 
-void store_block(const Sums& sums, std::uint16_t* into, std::int64_t stride, float factor) {
+void store_block(const Sums& sums, const Target& into, float factor) {
   const __m512 scale = _mm512_set1_ps(factor);
-  for (std::int64_t r = 0; r < sums.rows; ++r)
-    for (std::int64_t c = 0; c < sums.columns; c += kLanes)
-      store_bf16(into + r * stride + c, lanes_below(sums.columns - c),
-                 _mm512_mul_ps(_mm512_loadu_ps(sums.data + r * sums.stride + c), scale));
+  store_rows(sums, into,
+             [&](const float* from, std::int64_t /*column*/) { return _mm512_mul_ps(_mm512_loadu_ps(from), scale); });
 }
 
-void store_with_bias(const Sums& sums, const std::uint16_t* bias, std::uint16_t* into, std::int64_t stride) {
-  for (std::int64_t c = 0; c < sums.columns; c += kLanes) {
-    const __mmask16 lanes = lanes_below(sums.columns - c);
-    const __m512 term = load_bf16(bias + c, lanes);
-    for (std::int64_t r = 0; r < sums.rows; ++r)
-      store_bf16(into + r * stride + c, lanes, _mm512_add_ps(_mm512_loadu_ps(sums.data + r * sums.stride + c), term));
-  }
+void store_with_bias(const Sums& sums, const std::uint16_t* bias, const Target& into) {
+  store_rows(sums, into, [&](const float* from, std::int64_t column) {
+    return _mm512_add_ps(_mm512_loadu_ps(from), load_bf16(bias + column, lanes_below(sums.columns - column)));
+  });
+}
+
+void copy_block(const std::uint16_t* from, std::int64_t rows, std::int64_t columns, const Target& into) {
+  std::uint16_t* row = into.data;
+  const __mmask32 lanes = columns >= kBlock ? ~__mmask32{0} : (__mmask32{1} << columns) - 1;
+  for (std::int64_t r = 0; r < rows; ++r, from += kBlock, row += into.stride)
+    if (into.streams)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(row), _mm512_load_si512(from));
+    else
+      _mm512_mask_storeu_epi16(row, lanes, _mm512_load_si512(from));
 }
 
 void add_block(const Sums& sums, float* into, std::int64_t stride) {

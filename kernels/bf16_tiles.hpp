@@ -11,7 +11,8 @@ inline constexpr std::int64_t kBlock = 32;  // sizes of operands are multiples o
 
 constexpr std::int64_t padded(std::int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
 
-// The tiles of this thread, while it lives; on avx512_bf16 nothing. Every product needs one around it.
+// The tiles of this thread, while it lives; on avx512_bf16 nothing. Every product needs one around it, and so do
+// streaming stores, which other threads see once the session has ended.
 class TileSession {
  public:
   TileSession();
@@ -51,10 +52,19 @@ struct Sums {
   const float* data;
   std::int64_t stride, rows, columns;
 };
+// Rows of bf16. `streams`: past the caches, so that memory is not read before it is written; rows are then 64-byte
+// aligned and of whole blocks.
+struct Target {
+  std::uint16_t* data;
+  std::int64_t stride;
+  bool streams = false;
+};
 // into = factor times sums, rounded to bf16. Any alignment.
-void store_block(const Sums& sums, std::uint16_t* into, std::int64_t stride, float factor = 1.0F);
+void store_block(const Sums& sums, const Target& into, float factor = 1.0F);
 // into = sums + bias[columns], rounded to bf16 once. Any alignment.
-void store_with_bias(const Sums& sums, const std::uint16_t* bias, std::uint16_t* into, std::int64_t stride);
+void store_with_bias(const Sums& sums, const std::uint16_t* bias, const Target& into);
+// At most 32 columns of rows of 32 numbers, one after the other.
+void copy_block(const std::uint16_t* from, std::int64_t rows, std::int64_t columns, const Target& into);
 void add_block(const Sums& sums, float* into, std::int64_t stride);  // into += sums
 // into[c] = sum of rows of x[., c], at most 32 columns; fp32 sums of 64 rows, added in order.
 void sum_columns(const std::uint16_t* x, std::int64_t stride, std::int64_t rows, std::int64_t columns,

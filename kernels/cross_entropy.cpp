@@ -12,6 +12,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "core/error.hpp"
+#include "kernels/bf16_gemm.hpp"
 #include "kernels/element_type.hpp"
 #include "kernels/matrix_product.hpp"
 #include "kernels/simd.hpp"
@@ -98,13 +99,13 @@ SHARDTUNE_INLINE double softmax_row(T* row, std::int64_t width, std::int64_t lab
 
 template <bool kIsSmoothed, class T>
 double softmax_rows(at::Tensor& logits, const std::int64_t* labels, const RowLoss& how) {
-  const std::int64_t rows = logits.size(0), width = logits.size(1);
+  const std::int64_t rows = logits.size(0), width = logits.size(1), stride = logits.stride(0);
   T* data = logits.mutable_data_ptr<T>();
   std::vector<double> losses(static_cast<std::size_t>(rows));
   at::parallel_for(0, rows, 8, [&](std::int64_t begin, std::int64_t end) {
     simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
       for (std::int64_t r = begin; r < end; ++r)
-        losses[static_cast<std::size_t>(r)] = softmax_row<kIsSmoothed>(data + r * width, width, labels[r], how);
+        losses[static_cast<std::size_t>(r)] = softmax_row<kIsSmoothed>(data + r * stride, width, labels[r], how);
     });
   });
   double sum = 0;
@@ -138,7 +139,8 @@ HeadResult run_head(const HeadInputs& in, const HeadOptions& options) {
   for (std::int64_t begin = 0; begin < rows.numel(); begin += chunk) {
     const at::Tensor chunk_rows = rows.slice(0, begin, std::min(rows.numel(), begin + chunk));
     const at::Tensor hidden = in.hidden.index_select(0, chunk_rows);
-    at::Tensor logits = matrix_product(hidden, in.weight.t());
+    at::Tensor logits =
+        takes_bf16_products(hidden) ? bf16_gemm_aligned(hidden, in.weight.t()) : matrix_product(hidden, in.weight.t());
     const auto* label = labels.const_data_ptr<std::int64_t>() + begin;
     with_element_type(logits.scalar_type(), [&](auto element) {
       using T = decltype(element);

@@ -122,13 +122,14 @@ void apply_groups(const Groups<T>& io, const Masker& masker, std::int64_t begin,
     for_each_group(masker, begin, end, [&](std::int64_t group, const PhiloxGroup& drawn) SHARDTUNE_VECTOR_BODY {
       masker.multipliers(drawn, mask);
       const std::int64_t first = group * kGroup, last = std::min(io.numel, first + kGroup);
-      for (std::int64_t at = first; at < last; at += simd::kLanes) {
+      simd::for_each_vector(last - first, [&](std::int64_t at, std::int64_t stop) SHARDTUNE_VECTOR_BODY {
         // A select, not a product: a dropped infinity is zero.
-        const simd::Float m = simd::load(mask + at - first), x = simd::load_at(io.x, at, io.numel);
+        const simd::Float m = simd::load(mask + at), x = simd::load_at(io.x + first, at, stop);
         const simd::Float y = m != 0.0F ? x * m : simd::Float{};
-        simd::store_at(io.out, at, io.numel,
-                       io.residual == nullptr ? y : simd::load_at(io.residual, at, io.numel) + simd::rounded_to<T>(y));
-      }
+        simd::store_at(
+            io.out + first, at, stop,
+            io.residual == nullptr ? y : simd::load_at(io.residual + first, at, stop) + simd::rounded_to<T>(y));
+      });
     });
   });
 }

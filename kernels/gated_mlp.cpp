@@ -14,7 +14,6 @@ namespace shardtune {
 namespace {
 
 using simd::Float;
-using simd::kLanes;
 using simd::load_at;
 using simd::store_at;
 
@@ -25,14 +24,15 @@ SHARDTUNE_INLINE Float sigmoid(const Float& x) {
 
 constexpr std::int64_t kElementsOfATask = 16384;
 
-// body(row, column) for every vector of [rows, width], shared among threads by rows.
-template <class Body>
-void for_each_vector(std::int64_t rows, std::int64_t width, const Body& body) {
+// visit(row, at, end) for every vector of [rows, width] as simd::for_each_vector, shared among threads by rows.
+template <class Visit>
+void for_each_row_vector(std::int64_t rows, std::int64_t width, const Visit& visit) {
   const std::int64_t grain = std::max<std::int64_t>(1, kElementsOfATask / std::max<std::int64_t>(1, width));
-  at::parallel_for(0, rows, grain, [&](std::int64_t begin, std::int64_t end) {
+  at::parallel_for(0, rows, grain, [&](std::int64_t first, std::int64_t last) {
     simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
-      for (std::int64_t row = begin; row < end; ++row)
-        for (std::int64_t at = 0; at < width; at += kLanes) body(row, at);
+      for (std::int64_t row = first; row < last; ++row)
+        simd::for_each_vector(width,
+                              [&](std::int64_t at, std::int64_t end) SHARDTUNE_VECTOR_BODY { visit(row, at, end); });
     });
   });
 }
@@ -43,10 +43,10 @@ at::Tensor run_forward(const at::Tensor& gate_up) {
   at::Tensor out = at::empty({rows, width}, gate_up.options());
   const T* in = gate_up.const_data_ptr<T>();
   T* o = out.mutable_data_ptr<T>();
-  for_each_vector(rows, width, [&](std::int64_t row, std::int64_t at) SHARDTUNE_VECTOR_BODY {
+  for_each_row_vector(rows, width, [&](std::int64_t row, std::int64_t at, std::int64_t end) SHARDTUNE_VECTOR_BODY {
     const T* gate = in + row * 2 * width;
-    const Float x = load_at(gate, at, width);
-    store_at(o + row * width, at, width, x * sigmoid(x) * load_at(gate + width, at, width));
+    const Float x = load_at(gate, at, end);
+    store_at(o + row * width, at, end, x * sigmoid(x) * load_at(gate + width, at, end));
   });
   return out;
 }
@@ -57,12 +57,12 @@ at::Tensor run_backward(const at::Tensor& grad, const at::Tensor& gate_up) {
   at::Tensor d_gate_up = at::empty_like(gate_up);
   const T *in = gate_up.const_data_ptr<T>(), *d = grad.const_data_ptr<T>();
   T* out = d_gate_up.mutable_data_ptr<T>();
-  for_each_vector(rows, width, [&](std::int64_t row, std::int64_t at) SHARDTUNE_VECTOR_BODY {
+  for_each_row_vector(rows, width, [&](std::int64_t row, std::int64_t at, std::int64_t end) SHARDTUNE_VECTOR_BODY {
     const T* gate = in + row * 2 * width;
     T* d_gate = out + row * 2 * width;
-    const Float x = load_at(gate, at, width), g = load_at(d + row * width, at, width), s = sigmoid(x);
-    store_at(d_gate + width, at, width, g * x * s);
-    store_at(d_gate, at, width, g * load_at(gate + width, at, width) * s * (1.0F + x * (1.0F - s)));
+    const Float x = load_at(gate, at, end), g = load_at(d + row * width, at, end), s = sigmoid(x);
+    store_at(d_gate + width, at, end, g * x * s);
+    store_at(d_gate, at, end, g * load_at(gate + width, at, end) * s * (1.0F + x * (1.0F - s)));
   });
   return d_gate_up;
 }

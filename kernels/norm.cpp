@@ -35,14 +35,15 @@ void for_each_row_block(std::int64_t tokens, const F& visit) {
   });
 }
 
-// Sum of term(at) over the row's vectors; four running sums hide the latency of the adds.
+// Sum of term(at, end) over the row's vectors; four running sums hide the latency of the adds.
 template <class F>
 SHARDTUNE_INLINE double sum_row(std::int64_t width, const F& term) {
   Float parts[4]{};
   std::int64_t at = 0;
   for (; at + 4 * kLanes <= width; at += 4 * kLanes)
-    for (std::int64_t i = 0; i < 4; ++i) parts[i] += term(at + i * kLanes);
-  for (; at < width; at += kLanes) parts[0] += term(at);
+    for (std::int64_t i = 0; i < 4; ++i) parts[i] += term(at + i * kLanes, at + (i + 1) * kLanes);
+  simd::for_each_vector(width - at, [&](std::int64_t rest, std::int64_t end)
+                                        SHARDTUNE_VECTOR_BODY { parts[0] += term(at + rest, at + end); });
   return simd::sum_lanes((parts[0] + parts[1]) + (parts[2] + parts[3]));
 }
 
@@ -66,14 +67,15 @@ SHARDTUNE_INLINE void rms_row(const NormForward& io, std::int64_t t) {
   const std::int64_t width = io.x.size(1);
   const T *x = io.x.const_data_ptr<T>() + t * width, *w = io.weight.const_data_ptr<T>();
   T* y = io.y.mutable_data_ptr<T>() + t * width;
-  const double squares = sum_row(width, [&](std::int64_t at) SHARDTUNE_VECTOR_BODY {
-    const Float value = load_at(x, at, width);
+  const double squares = sum_row(width, [&](std::int64_t at, std::int64_t end) SHARDTUNE_VECTOR_BODY {
+    const Float value = load_at(x, at, end);
     return value * value;
   });
   const auto inverse = static_cast<float>(1.0 / std::sqrt(squares / static_cast<double>(width) + io.eps));
   io.rstd.mutable_data_ptr<float>()[t] = inverse;
-  for (std::int64_t at = 0; at < width; at += kLanes)
-    store_at(y, at, width, load_at(x, at, width) * inverse * load_at(w, at, width));
+  simd::for_each_vector(width, [&](std::int64_t at, std::int64_t end) SHARDTUNE_VECTOR_BODY {
+    store_at(y, at, end, load_at(x, at, end) * inverse * load_at(w, at, end));
+  });
 }
 
 template <class T>
@@ -84,16 +86,16 @@ SHARDTUNE_INLINE void rms_backward_row(const NormBackward& io, std::int64_t t, f
   T* dx = io.dx.mutable_data_ptr<T>() + t * width;
   const float inverse = io.rstd.const_data_ptr<float>()[t];
   Float dots{};
-  for (std::int64_t at = 0; at < width; at += kLanes) {
-    const Float normalised = load_at(x, at, width) * inverse, gv = load_at(g, at, width);
-    dots += gv * load_at(w, at, width) * normalised;
-    store_at(dw, at, width, load_at(dw, at, width) + gv * normalised);
-  }
+  simd::for_each_vector(width, [&](std::int64_t at, std::int64_t end) SHARDTUNE_VECTOR_BODY {
+    const Float normalised = load_at(x, at, end) * inverse, gv = load_at(g, at, end);
+    dots += gv * load_at(w, at, end) * normalised;
+    store_at(dw, at, end, load_at(dw, at, end) + gv * normalised);
+  });
   const auto mean = static_cast<float>(simd::sum_lanes(dots) / static_cast<double>(width));
-  for (std::int64_t at = 0; at < width; at += kLanes) {
-    const Float normalised = load_at(x, at, width) * inverse;
-    store_at(dx, at, width, (load_at(g, at, width) * load_at(w, at, width) - normalised * mean) * inverse);
-  }
+  simd::for_each_vector(width, [&](std::int64_t at, std::int64_t end) SHARDTUNE_VECTOR_BODY {
+    const Float normalised = load_at(x, at, end) * inverse;
+    store_at(dx, at, end, (load_at(g, at, end) * load_at(w, at, end) - normalised * mean) * inverse);
+  });
 }
 
 // --- layer norm --------------------------------------------------------------------------------------------------
@@ -105,19 +107,20 @@ SHARDTUNE_INLINE void layer_row(const NormForward& io, std::int64_t t) {
   const T *x = io.x.const_data_ptr<T>() + t * width, *w = io.weight.const_data_ptr<T>();
   const T* b = io.bias.const_data_ptr<T>();
   T* y = io.y.mutable_data_ptr<T>() + t * width;
-  const double sum = sum_row(width, [&](std::int64_t at) SHARDTUNE_VECTOR_BODY { return load_at(x, at, width); });
+  const double sum =
+      sum_row(width, [&](std::int64_t at, std::int64_t end) SHARDTUNE_VECTOR_BODY { return load_at(x, at, end); });
   const auto mean = static_cast<float>(sum / static_cast<double>(width));
-  const double squares = sum_row(width, [&](std::int64_t at) SHARDTUNE_VECTOR_BODY {
-    Float centred = load_at(x, at, width) - mean;
-    if (width - at < kLanes)
-      for (std::int64_t lane = width - at; lane < kLanes; ++lane) centred[lane] = 0.0F;
+  const double squares = sum_row(width, [&](std::int64_t at, std::int64_t end) SHARDTUNE_VECTOR_BODY {
+    Float centred = load_at(x, at, end) - mean;
+    for (std::int64_t lane = end - at; lane < kLanes; ++lane) centred[lane] = 0.0F;
     return centred * centred;
   });
   const auto rstd = static_cast<float>(1.0 / std::sqrt(squares / static_cast<double>(width) + io.eps));
   io.mean.mutable_data_ptr<float>()[t] = mean;
   io.rstd.mutable_data_ptr<float>()[t] = rstd;
-  for (std::int64_t at = 0; at < width; at += kLanes)
-    store_at(y, at, width, (load_at(x, at, width) - mean) * rstd * load_at(w, at, width) + load_at(b, at, width));
+  simd::for_each_vector(width, [&](std::int64_t at, std::int64_t end) SHARDTUNE_VECTOR_BODY {
+    store_at(y, at, end, (load_at(x, at, end) - mean) * rstd * load_at(w, at, end) + load_at(b, at, end));
+  });
 }
 
 template <class T>
@@ -129,20 +132,21 @@ SHARDTUNE_INLINE void layer_backward_row(const NormBackward& io, std::int64_t t,
   float* db = dw + width;
   const float mean = io.mean.const_data_ptr<float>()[t], rstd = io.rstd.const_data_ptr<float>()[t];
   Float sums{}, dots{};
-  for (std::int64_t at = 0; at < width; at += kLanes) {  // lanes beyond the row hold g = 0
-    const Float normalised = (load_at(x, at, width) - mean) * rstd, gv = load_at(g, at, width);
-    const Float gw = gv * load_at(w, at, width);
+  // lanes beyond the row hold g = 0
+  simd::for_each_vector(width, [&](std::int64_t at, std::int64_t end) SHARDTUNE_VECTOR_BODY {
+    const Float normalised = (load_at(x, at, end) - mean) * rstd, gv = load_at(g, at, end);
+    const Float gw = gv * load_at(w, at, end);
     sums += gw;
     dots += gw * normalised;
-    store_at(dw, at, width, load_at(dw, at, width) + gv * normalised);
-    store_at(db, at, width, load_at(db, at, width) + gv);
-  }
+    store_at(dw, at, end, load_at(dw, at, end) + gv * normalised);
+    store_at(db, at, end, load_at(db, at, end) + gv);
+  });
   const auto sum = static_cast<float>(simd::sum_lanes(sums) / static_cast<double>(width));
   const auto dot = static_cast<float>(simd::sum_lanes(dots) / static_cast<double>(width));
-  for (std::int64_t at = 0; at < width; at += kLanes) {
-    const Float normalised = (load_at(x, at, width) - mean) * rstd;
-    store_at(dx, at, width, (load_at(g, at, width) * load_at(w, at, width) - sum - normalised * dot) * rstd);
-  }
+  simd::for_each_vector(width, [&](std::int64_t at, std::int64_t end) SHARDTUNE_VECTOR_BODY {
+    const Float normalised = (load_at(x, at, end) - mean) * rstd;
+    store_at(dx, at, end, (load_at(g, at, end) * load_at(w, at, end) - sum - normalised * dot) * rstd);
+  });
 }
 
 // --- the sum before the norm ---------------------------------------------------------------------------------------
@@ -177,8 +181,9 @@ SHARDTUNE_INLINE void add_row(const ResidualAdd& add, const float* mask, const a
   const std::int64_t width = sum.size(1), first = t * width;
   const T *residual = add.residual.const_data_ptr<T>() + first, *branch = add.branch.const_data_ptr<T>() + first;
   T* out = sum.mutable_data_ptr<T>() + first;
-  for (std::int64_t at = 0; at < width; at += kLanes)
-    store_at(out, at, width, load_at(residual, at, width) + masked<T>(load_at(branch, at, width), mask, at, width));
+  simd::for_each_vector(width, [&](std::int64_t at, std::int64_t end) SHARDTUNE_VECTOR_BODY {
+    store_at(out, at, end, load_at(residual, at, end) + masked<T>(load_at(branch, at, end), mask, at, end));
+  });
 }
 
 // Where the gradient goes on behind the norm.
@@ -195,13 +200,15 @@ SHARDTUNE_INLINE void add_backward_row(const AddBackward& add, const float* mask
   T* total = dx.mutable_data_ptr<T>() + first;
   if (add.sum_grad.defined()) {
     const T* grad = add.sum_grad.const_data_ptr<T>() + first;
-    for (std::int64_t at = 0; at < width; at += kLanes)
-      store_at(total, at, width, load_at(total, at, width) + load_at(grad, at, width));
+    simd::for_each_vector(width, [&](std::int64_t at, std::int64_t end) SHARDTUNE_VECTOR_BODY {
+      store_at(total, at, end, load_at(total, at, end) + load_at(grad, at, end));
+    });
   }
   if (mask == nullptr) return;
   T* dbranch = add.dbranch.mutable_data_ptr<T>() + first;
-  for (std::int64_t at = 0; at < width; at += kLanes)
-    store_at(dbranch, at, width, masked<T>(load_at(total, at, width), mask, at, width));
+  simd::for_each_vector(width, [&](std::int64_t at, std::int64_t end) SHARDTUNE_VECTOR_BODY {
+    store_at(dbranch, at, end, masked<T>(load_at(total, at, end), mask, at, end));
+  });
 }
 
 // --- rows and autograd -------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ namespace shardtune {
 namespace {
 
 using simd::Float;
-using simd::kLanes;
 
 // direction +1 rotates, -1 rotates back (the transpose, which is the backward pass).
 template <class T>
@@ -21,26 +20,18 @@ void rotate_rows(const at::Tensor& x, const RopeTables& tables, float direction,
   const T* in = x.const_data_ptr<T>();
   T* out = y.mutable_data_ptr<T>();
   const auto *cos = tables.cos.const_data_ptr<float>(), *sin = tables.sin.const_data_ptr<float>();
-  at::parallel_for(0, x.size(0), 16, [&](std::int64_t begin, std::int64_t end) {
+  at::parallel_for(0, x.size(0), 16, [&](std::int64_t first, std::int64_t last) {
     simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
-      for (std::int64_t row = begin * heads; row < end * heads; ++row) {
+      for (std::int64_t row = first * heads; row < last * heads; ++row) {
         const T *low = in + row / heads * stride + row % heads * 2 * half, *high = low + half;
         T *out_low = out + row * 2 * half, *out_high = out_low + half;
         const float *c = cos + row / heads * half, *s = sin + row / heads * half;
-        for (std::int64_t i = 0; i < half; i += kLanes) {
-          const std::int64_t n = std::min(kLanes, half - i);
-          if (n == kLanes) {
-            const Float a = simd::load(low + i), b = simd::load(high + i), cv = simd::load(c + i);
-            const Float sv = simd::load(s + i) * direction;
-            simd::store(out_low + i, a * cv - b * sv);
-            simd::store(out_high + i, b * cv + a * sv);
-          } else {
-            const Float a = simd::load_some(low + i, n, 0.0F), b = simd::load_some(high + i, n, 0.0F);
-            const Float cv = simd::load_some(c + i, n, 0.0F), sv = simd::load_some(s + i, n, 0.0F) * direction;
-            simd::store_some(out_low + i, a * cv - b * sv, n);
-            simd::store_some(out_high + i, b * cv + a * sv, n);
-          }
-        }
+        simd::for_each_vector(half, [&](std::int64_t at, std::int64_t end) SHARDTUNE_VECTOR_BODY {
+          const Float a = simd::load_at(low, at, end), b = simd::load_at(high, at, end);
+          const Float cv = simd::load_at(c, at, end), sv = simd::load_at(s, at, end) * direction;
+          simd::store_at(out_low, at, end, a * cv - b * sv);
+          simd::store_at(out_high, at, end, b * cv + a * sv);
+        });
       }
     });
   });

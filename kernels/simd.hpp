@@ -11,13 +11,18 @@
 
 namespace shardtune::simd {
 
-// Lanes are added in a fixed tree.
+// Lanes are added in a fixed tree, halves of the vector to each other.
 SHARDTUNE_INLINE double sum_lanes(const Float& value) {
-  double lanes[kLanes];
-  for (std::int64_t i = 0; i < kLanes; ++i) lanes[i] = value[i];
-  for (std::int64_t width = kLanes / 2; width > 0; width /= 2)
-    for (std::int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+  using HalfOfFloat = float __attribute__((vector_size(32)));
+  using Double = double __attribute__((vector_size(64)));
+  using HalfOfDouble = double __attribute__((vector_size(32)));
+  HalfOfFloat halves[2];
+  std::memcpy(halves, &value, sizeof value);
+  const Double eight = __builtin_convertvector(halves[0], Double) + __builtin_convertvector(halves[1], Double);
+  HalfOfDouble fours[2];
+  std::memcpy(fours, &eight, sizeof eight);
+  const HalfOfDouble four = fours[0] + fours[1];
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 // e^x for x <= 0: Cody-Waite reduction and the degree-6 polynomial of Cephes' expf; relative error below 2e-7.

@@ -120,4 +120,13 @@ SHARDTUNE_INLINE void store_at(T* to, std::int64_t at, std::int64_t size, const 
     store_some(to + at, value, size - at);
 }
 
+// visit(at, end) for the vectors of a row of `size` elements, for load_at(.., at, end) and store_at(.., at, end): `end`
+// is that of the vector where it is whole, so that they need no branch, and `size` for the rest.
+template <class Visit>
+SHARDTUNE_INLINE void for_each_vector(std::int64_t size, const Visit& visit) {
+  std::int64_t at = 0;
+  for (; at + kLanes <= size; at += kLanes) visit(at, at + kLanes);
+  if (at < size) visit(at, size);
+}
+
 }  // namespace shardtune::simd

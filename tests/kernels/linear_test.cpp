@@ -1,6 +1,8 @@
 // Linear layers against fp64, and that autograd keeps the weight itself, not a copy.
 #include "kernels/linear.hpp"
 
+#include <utility>
+
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
@@ -26,6 +28,7 @@ TEST(Linear, ValuesAndGradientsLieWithinTheRoundingOfFp64) {
                               {2, 1003, 31, false},
                               {70, 1100, 549, true},
                               {1030, 40, 33, true},
+                              {90, 1100, 1200, true},
                               {0, 8, 4, true}})
     for (const at::ScalarType dtype : kDtypes) {
       const at::Tensor given_x = random_tensor(1, {c.tokens, c.in}, dtype),
@@ -174,6 +177,19 @@ TEST(Linear, AnActivationInTheStoreChangesNoBit) {
         const auto own = run(true), wanted = run(false);
         for (std::size_t i = 0; i < own.size(); ++i) expect_same_bits(own[i], wanted[i], fmt::format("tensor {}", i));
       }
+}
+
+// Large enough to be written past the caches, as whole rows of blocks or whole columns of them.
+TEST(Linear, ALargeResultHoldsTheBitsOfItsParts) {
+  if (instruction_set() < InstructionSet::avx512_bf16) return;  // ATen takes other kernels for other sizes
+  constexpr std::int64_t kRow = 37, kRows = 70;
+  for (const auto& [tokens, out] : {std::pair{1060, 8224}, {4100, 2080}}) {
+    const at::Tensor x = random_tensor(1, {tokens, 40}, at::kBFloat16), w = random_tensor(2, {out, 40}, at::kBFloat16);
+    const at::Tensor b = random_tensor(3, {out}, at::kBFloat16), few = x.narrow(0, kRow, kRows);
+    expect_same_bits(apply_linear(x, w, b).narrow(0, kRow, kRows), apply_linear(few, w, b), "with bias");
+    expect_same_bits(apply_activated_linear(x, {w, b}, Activation::gelu_tanh).narrow(0, kRow, kRows),
+                     apply_activated_linear(few, {w, b}, Activation::gelu_tanh), "activated");
+  }
 }
 
 TEST(SideBySide, OnlyWhatLiesSideBySideIsAView) {

@@ -1,0 +1,134 @@
+#include "kernels/bf16_packing.hpp"
+
+#include <algorithm>
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include "core/error.hpp"
+
+namespace shardtune::bf16 {
+namespace {
+
+using Number = std::uint16_t;
+using Word = std::uint32_t;
+
+// A panel of `right` (32 columns) and 32 rows of `left`, one chunk of K deep, stay in the first-level cache while they
+// meet; the sums of a block of the result and one side of it stay in the second, the other side comes from beyond it.
+constexpr std::int64_t kDepth = 256, kNarrow = 1024, kSums = 192 * 1024, kLeftNumbers = 384 * 1024;
+
+// Of the other dimension of a block whose sums stay in the cache.
+std::int64_t beside(std::int64_t size) { return std::clamp<std::int64_t>(kSums / size / kBlock * kBlock, 64, 512); }
+// At most `block`, so that every thread gets as many blocks.
+std::int64_t fitted(std::int64_t size, std::int64_t block) {
+  const std::int64_t threads = at::get_num_threads(),
+                     blocks = (size + block * threads - 1) / (block * threads) * threads;
+  return padded((size + blocks - 1) / blocks);
+}
+
+const Number* numbers(const at::Tensor& x) {
+  return reinterpret_cast<const Number*>(x.const_data_ptr<c10::BFloat16>());
+}
+
+// One block of 32 x 32 of a matrix as rows of 32 numbers, zeros beyond its edge: in place where it is whole.
+struct Block {
+  const Number* rows;
+  std::int64_t stride;
+};
+Block block_of(const Number* from, std::int64_t stride, std::int64_t rows, std::int64_t columns, Number* copy) {
+  if (rows >= kBlock && columns >= kBlock && stride % 2 == 0) return {from, stride};
+  copy_rows(from, stride, std::min(rows, kBlock), std::min(columns, kBlock), copy, kBlock);
+  return {copy, kBlock};
+}
+const Word* words(const Number* numbers) { return reinterpret_cast<const Word*>(numbers); }
+
+}  // namespace
+
+Blocking::Blocking(const at::Tensor& left, std::int64_t columns_of_right)
+    : m(left.size(0)), n(columns_of_right), k(left.size(1)) {
+  const std::int64_t chunks = std::max<std::int64_t>(1, (k + kDepth - 1) / kDepth);
+  chunk = padded((k + chunks - 1) / chunks);
+  const bool is_shallow = padded(k) <= kNarrow;
+  if (n >= 4 * m && is_shallow) {  // a classifier's many columns
+    tasks = BlockTasks::columns;
+    rows = columns = 256;
+  } else if (padded(n) <= kNarrow) {
+    columns = padded(n);
+    rows = beside(columns);
+    packs_all_depth = false;
+  } else if (is_shallow) {
+    columns = 128;
+    rows = std::clamp<std::int64_t>(kLeftNumbers / std::max(kBlock, padded(k)) / kBlock * kBlock, 64, 512);
+  } else if (padded(m) <= kNarrow) {  // a weight's gradient, of many tokens
+    tasks = BlockTasks::columns;
+    rows = padded(m);
+    columns = beside(rows);
+    packs_all_depth = false;
+  } else {
+    columns = 768;
+    rows = 256;
+    packs_all_depth = false;
+  }
+  if (tasks == BlockTasks::rows)
+    rows = fitted(m, rows);
+  else
+    columns = fitted(n, columns);
+}
+
+RightSide::RightSide(at::TensorList parts, std::int64_t dim) : parts_(parts), dim_(dim) {
+  for (const at::Tensor& part : parts_) {
+    check_internal(part.dim() == 2 && (part.stride(1) == 1 || part.stride(0) == 1) &&
+                       part.stride(1) == parts_[0].stride(1) && part.scalar_type() == at::kBFloat16 &&
+                       part.size(1 - dim_) == parts_[0].size(1 - dim_) && begin_ % kBlock == 0,
+                   "the right side of a bf16 product is [K, N] with one dense dimension, in parts of multiples of 32");
+    begin_ += part.size(dim_);
+  }
+}
+
+RightSide::Place RightSide::at(std::int64_t k, std::int64_t n) const {
+  std::int64_t along = dim_ == 0 ? k : n;
+  std::size_t i = 0;
+  while (along >= parts_[i].size(dim_)) along -= parts_[i++].size(dim_);
+  const at::Tensor& part = parts_[i];
+  (dim_ == 0 ? k : n) = along;
+  return {numbers(part) + k * part.stride(0) + n * part.stride(1), has_dense_rows() ? part.stride(0) : part.stride(1)};
+}
+
+PackedSide::PackedSide(std::int64_t count) : memory_(at::empty({count}, at::kShort)) {}
+
+void pack_right(const RightSide& right, const Blocking& b, std::int64_t column, std::int64_t first, Word* into) {
+  const std::int64_t end = column + b.columns_at(column);
+  alignas(64) Number copy[kBlock * kBlock];
+  for (std::int64_t n = column; n < end; n += kBlock)
+    for (std::int64_t k = first; k < first + b.depth(first); k += kBlock, into += kBlock / 2 * kBlock) {
+      const auto [data, stride] = right.at(k, n);
+      if (right.has_dense_rows()) {
+        const Block block = block_of(data, stride, b.k - k, b.n - n, copy);
+        pair_rows(block.rows, block.stride, kBlock, kBlock, into, kBlock);
+      } else {
+        const Block block = block_of(data, stride, b.n - n, b.k - k, copy);
+        transpose_words(words(block.rows), block.stride / 2, kBlock, kBlock / 2, into, kBlock);
+      }
+    }
+}
+
+void pack_left(const at::Tensor& left, const Blocking& b, std::int64_t row, std::int64_t first, Number* into) {
+  const bool has_dense_rows = left.stride(1) == 1;
+  const std::int64_t end = row + b.rows_at(row);
+  alignas(64) Number copy[kBlock * kBlock];
+  alignas(64) Word pairs[kBlock / 2 * kBlock];
+  for (std::int64_t m = row; m < end; m += kBlock)
+    for (std::int64_t k = first; k < first + b.depth(first); k += kBlock, into += kBlock * kBlock) {
+      const std::int64_t num_rows = b.m - m, num_terms = b.k - k;
+      if (has_dense_rows) {
+        copy_rows(numbers(left) + m * left.stride(0) + k, left.stride(0), std::min(kBlock, num_rows),
+                  std::min(kBlock, num_terms), into, kBlock);
+      } else {
+        const Block block = block_of(numbers(left) + k * left.stride(1) + m, left.stride(1), num_terms, num_rows, copy);
+        pair_rows(block.rows, block.stride, kBlock, kBlock, pairs, kBlock);
+        transpose_words(pairs, kBlock, kBlock / 2, kBlock, reinterpret_cast<Word*>(into), kBlock / 2);
+      }
+    }
+}
+
+}  // namespace shardtune::bf16
