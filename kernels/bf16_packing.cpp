@@ -42,6 +42,19 @@ Block block_of(const Number* from, std::int64_t stride, std::int64_t rows, std::
 }
 const Word* words(const Number* numbers) { return reinterpret_cast<const Word*>(numbers); }
 
+// visit(place along the result, place along K) for every 32 x 32 of a chunk, so that those next to each other in memory
+// follow each other.
+template <class Visit>
+void for_each_block(std::int64_t size, std::int64_t depth, bool is_dense_along_result, const Visit& visit) {
+  if (is_dense_along_result) {
+    for (std::int64_t k = 0; k < depth; k += kBlock)
+      for (std::int64_t i = 0; i < size; i += kBlock) visit(i, k);
+  } else {
+    for (std::int64_t i = 0; i < size; i += kBlock)
+      for (std::int64_t k = 0; k < depth; k += kBlock) visit(i, k);
+  }
+}
+
 }  // namespace
 
 Blocking::Blocking(const at::Tensor& left, std::int64_t columns_of_right)
@@ -97,38 +110,39 @@ RightSide::Place RightSide::at(std::int64_t k, std::int64_t n) const {
 PackedSide::PackedSide(std::int64_t count) : memory_(at::empty({count}, at::kShort)) {}
 
 void pack_right(const RightSide& right, const Blocking& b, std::int64_t column, std::int64_t first, Word* into) {
-  const std::int64_t end = column + b.columns_at(column);
+  const std::int64_t depth = b.depth(first);
   alignas(64) Number copy[kBlock * kBlock];
-  for (std::int64_t n = column; n < end; n += kBlock)
-    for (std::int64_t k = first; k < first + b.depth(first); k += kBlock, into += kBlock / 2 * kBlock) {
-      const auto [data, stride] = right.at(k, n);
-      if (right.has_dense_rows()) {
-        const Block block = block_of(data, stride, b.k - k, b.n - n, copy);
-        pair_rows(block.rows, block.stride, kBlock, kBlock, into, kBlock);
-      } else {
-        const Block block = block_of(data, stride, b.n - n, b.k - k, copy);
-        transpose_words(words(block.rows), block.stride / 2, kBlock, kBlock / 2, into, kBlock);
-      }
+  for_each_block(b.columns_at(column), depth, right.has_dense_rows(), [&](std::int64_t n, std::int64_t k) {
+    const auto [data, stride] = right.at(first + k, column + n);
+    const std::int64_t num_terms = b.k - first - k, num_columns = b.n - column - n;
+    Word* const panel = into + (n * depth + k * kBlock) / 2;
+    if (right.has_dense_rows()) {
+      const Block block = block_of(data, stride, num_terms, num_columns, copy);
+      pair_rows(block.rows, block.stride, kBlock, kBlock, panel, kBlock);
+    } else {
+      const Block block = block_of(data, stride, num_columns, num_terms, copy);
+      transpose_words(words(block.rows), block.stride / 2, kBlock, kBlock / 2, panel, kBlock);
     }
+  });
 }
 
 void pack_left(const at::Tensor& left, const Blocking& b, std::int64_t row, std::int64_t first, Number* into) {
   const bool has_dense_rows = left.stride(1) == 1;
-  const std::int64_t end = row + b.rows_at(row);
+  const std::int64_t depth = b.depth(first);
   alignas(64) Number copy[kBlock * kBlock];
   alignas(64) Word pairs[kBlock / 2 * kBlock];
-  for (std::int64_t m = row; m < end; m += kBlock)
-    for (std::int64_t k = first; k < first + b.depth(first); k += kBlock, into += kBlock * kBlock) {
-      const std::int64_t num_rows = b.m - m, num_terms = b.k - k;
-      if (has_dense_rows) {
-        copy_rows(numbers(left) + m * left.stride(0) + k, left.stride(0), std::min(kBlock, num_rows),
-                  std::min(kBlock, num_terms), into, kBlock);
-      } else {
-        const Block block = block_of(numbers(left) + k * left.stride(1) + m, left.stride(1), num_terms, num_rows, copy);
-        pair_rows(block.rows, block.stride, kBlock, kBlock, pairs, kBlock);
-        transpose_words(pairs, kBlock, kBlock / 2, kBlock, reinterpret_cast<Word*>(into), kBlock / 2);
-      }
+  for_each_block(b.rows_at(row), depth, !has_dense_rows, [&](std::int64_t m, std::int64_t k) {
+    const Number* const data = numbers(left) + (row + m) * left.stride(0) + (first + k) * left.stride(1);
+    const std::int64_t num_rows = b.m - row - m, num_terms = b.k - first - k;
+    Number* const packed = into + m * depth + k * kBlock;
+    if (has_dense_rows) {
+      copy_rows(data, left.stride(0), std::min(kBlock, num_rows), std::min(kBlock, num_terms), packed, kBlock);
+    } else {
+      const Block block = block_of(data, left.stride(1), num_terms, num_rows, copy);
+      pair_rows(block.rows, block.stride, kBlock, kBlock, pairs, kBlock);
+      transpose_words(pairs, kBlock, kBlock / 2, kBlock, reinterpret_cast<Word*>(packed), kBlock / 2);
     }
+  });
 }
 
 }  // namespace shardtune::bf16
