@@ -35,11 +35,13 @@ enum class Wanted { value, slope };
 // cancellation on the negative side.
 template <Wanted kWanted>
 SHARDTUNE_INLINE Float gelu_tanh(const Float& x) {
-  constexpr float kTwice = 1.5957691216057308F, kCubic = 0.044715F, kFar = 13.0F;  // share is 0 or 1 beyond kFar
+  constexpr float kTwice = 1.5957691216057308F, kCubic = 0.044715F;
+  constexpr float kFar = 10.0F;  // share is 0 or 1 beyond it; 2u is 87.31 there, just within exp_bounded
   Float near = x > kFar ? simd::broadcast(kFar) : x;
   near = near < -kFar ? simd::broadcast(-kFar) : near;
   const Float square = near * near, argument = near * (square * (kTwice * kCubic) + kTwice);
-  const Float e = simd::exp_non_positive(argument > 0.0F ? -argument : argument), one = simd::broadcast(1.0F);
+  const Float one = simd::broadcast(1.0F), some = simd::exp_bounded(simd::negative_magnitude(argument));
+  const Float e = x < -kFar ? Float{} : some;
   const Float inverse = 1.0F / (e + 1.0F), share = (argument > 0.0F ? one : e) * inverse;
   if constexpr (kWanted == Wanted::value) return x * share;
   return share + near * e * inverse * inverse * (square * (3.0F * kTwice * kCubic) + kTwice);

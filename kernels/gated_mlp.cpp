@@ -18,7 +18,7 @@ using simd::load_at;
 using simd::store_at;
 
 SHARDTUNE_INLINE Float sigmoid(const Float& x) {
-  const Float small = simd::exp_non_positive(x < 0.0F ? x : -x);  // e^-|x| never overflows
+  const Float small = simd::exp_non_positive(simd::negative_magnitude(x));  // e^-|x| never overflows
   return (x < 0.0F ? small : simd::broadcast(1.0F)) / (small + 1.0F);
 }
 

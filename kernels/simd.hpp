@@ -25,13 +25,22 @@ SHARDTUNE_INLINE double sum_lanes(const Float& value) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-// e^x for x <= 0: Cody-Waite reduction and the degree-6 polynomial of Cephes' expf; relative error below 2e-7.
-// Below -87.3 the result is 0 (so is e^-inf); NaN stays NaN.
-SHARDTUNE_INLINE Float exp_non_positive(const Float& x) {
-  const Float clamped = x > -87.33F ? x : broadcast(-87.33F);
-  const Int exponent = __builtin_convertvector(clamped * 1.44269504088896341F - 0.5F, Int);  // rounds: operand < 0
+SHARDTUNE_INLINE Float negative_magnitude(const Float& x) {
+  Word bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits |= 0x80000000U;
+  Float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+// e^x for kLeastExponent <= x <= 0: Cody-Waite reduction and the degree-6 polynomial of Cephes' expf; relative error
+// below 2e-7. NaN stays NaN.
+inline constexpr float kLeastExponent = -87.33F;
+SHARDTUNE_INLINE Float exp_bounded(const Float& x) {
+  const Int exponent = __builtin_convertvector(x * 1.44269504088896341F - 0.5F, Int);  // rounds: operand < 0
   const Float n = __builtin_convertvector(exponent, Float);
-  const Float r = (clamped - n * 0.693359375F) + n * 2.12194440e-4F;
+  const Float r = (x - n * 0.693359375F) + n * 2.12194440e-4F;
   Float p = broadcast(1.9875691500e-4F);
   p = p * r + 1.3981999507e-3F;
   p = p * r + 8.3334519073e-3F;
@@ -42,8 +51,13 @@ SHARDTUNE_INLINE Float exp_non_positive(const Float& x) {
   const Int power_bits = (exponent + 127) << 23;
   Float power;
   std::memcpy(&power, &power_bits, sizeof power);
-  const Float result = x > -87.33F ? p * power : Float{};
-  return x == x ? result : x;
+  return p * power;
+}
+
+// e^x for x <= 0. Below kLeastExponent the result is 0 (so is e^-inf); NaN stays NaN.
+SHARDTUNE_INLINE Float exp_non_positive(const Float& x) {
+  const Float result = exp_bounded(x < kLeastExponent ? broadcast(kLeastExponent) : x);
+  return x < kLeastExponent ? Float{} : result;
 }
 
 // Below 5/8 the odd polynomial of Cephes' tanhf, beyond (1 - e^-2|x|) / (1 + e^-2|x|); relative error below 3e-7. NaN
