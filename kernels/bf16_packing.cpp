@@ -26,10 +26,6 @@ std::int64_t fitted(std::int64_t size, std::int64_t block) {
   return padded((size + blocks - 1) / blocks);
 }
 
-const Number* numbers(const at::Tensor& x) {
-  return reinterpret_cast<const Number*>(x.const_data_ptr<c10::BFloat16>());
-}
-
 // One block of 32 x 32 of a matrix as rows of 32 numbers, zeros beyond its edge: in place where it is whole.
 struct Block {
   const Number* rows;
@@ -56,6 +52,10 @@ void for_each_block(std::int64_t size, std::int64_t depth, bool is_dense_along_r
 }
 
 }  // namespace
+
+const Number* numbers(const at::Tensor& x) {
+  return reinterpret_cast<const Number*>(x.const_data_ptr<c10::BFloat16>());
+}
 
 Blocking::Blocking(const at::Tensor& left, std::int64_t columns_of_right)
     : m(left.size(0)), n(columns_of_right), k(left.size(1)) {

@@ -10,6 +10,9 @@
 
 namespace shardtune::bf16 {
 
+// The bits of a bf16 tensor.
+const std::uint16_t* numbers(const at::Tensor& x);
+
 // What a task computes: whole rows of blocks of the result, or whole columns of them.
 enum class BlockTasks { rows, columns };
 

@@ -39,15 +39,10 @@ void check_labels(const at::Tensor& labels, std::int64_t classes) {
                                         label[i], i, classes, kIgnoredLabel));
 }
 
-// Lanes beyond the row's end hold `none`.
-template <class T>
-SHARDTUNE_INLINE Float load_or(const T* row, std::int64_t at, std::int64_t width, float none) {
-  return width - at >= kLanes ? simd::load(row + at) : simd::load_some(row + at, width - at, none);
-}
-
+// Lanes beyond the row's end count for nothing.
 template <class T>
 SHARDTUNE_INLINE Float load_logits(const T* row, std::int64_t at, std::int64_t width) {
-  return load_or(row, at, width, -std::numeric_limits<float>::infinity());
+  return simd::load_at(row, at, width, -std::numeric_limits<float>::infinity());
 }
 
 // What becomes of a row of logits.
@@ -72,7 +67,7 @@ SHARDTUNE_INLINE double softmax_row(T* row, std::int64_t width, std::int64_t lab
     Float part{}, distance_part{};
     for (std::int64_t at = block; at < std::min(width, block + 64 * kLanes); at += kLanes) {
       part += simd::exp_non_positive(load_logits(row, at, width) - max);
-      if constexpr (kIsSmoothed) distance_part += load_or(row, at, width, max) - max;
+      if constexpr (kIsSmoothed) distance_part += simd::load_at(row, at, width, max) - max;
     }
     sum += simd::sum_lanes(part);
     if constexpr (kIsSmoothed) distance += simd::sum_lanes(distance_part);

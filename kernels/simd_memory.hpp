@@ -107,10 +107,10 @@ SHARDTUNE_INLINE void store_some(T* to, const Float& value, std::int64_t count) 
   std::memcpy(to, lanes, static_cast<std::size_t>(count) * sizeof(T));
 }
 
-// The vector at [at, at + kLanes) of `size` elements; lanes beyond them are 0 and not written.
+// The vector at [at, at + kLanes) of `size` elements; lanes beyond them are `filler` and not written.
 template <class T>
-SHARDTUNE_INLINE Float load_at(const T* from, std::int64_t at, std::int64_t size) {
-  return size - at >= kLanes ? load(from + at) : load_some(from + at, size - at, 0.0F);
+SHARDTUNE_INLINE Float load_at(const T* from, std::int64_t at, std::int64_t size, float filler = 0.0F) {
+  return size - at >= kLanes ? load(from + at) : load_some(from + at, size - at, filler);
 }
 template <class T>
 SHARDTUNE_INLINE void store_at(T* to, std::int64_t at, std::int64_t size, const Float& value) {
