@@ -20,6 +20,7 @@
 #include "distributed/comm/mpi.hpp"
 #include "kernels/instruction_set.hpp"
 #include "launcher/command_line.hpp"
+#include "launcher/failure_report.hpp"
 #include "launcher/offline_commands.hpp"
 #include "trainer/commands.hpp"
 #include "trainer/stop_signal.hpp"
@@ -57,7 +58,8 @@ void print_failure(const std::string& who, const Failure& failure) {
   [[maybe_unused]] const auto written = ::write(STDERR_FILENO, line.data(), line.size());
 }
 
-// What many ranks run into alike must be said once: rank 0 speaks at once and its abort ends the others while they wait.
+// What many ranks run into alike must be said once. Those of one machine claim the word; other machines hear of it by
+// the abort, which ends them while they wait. Rank 0 comes first: its message is the one that people expect.
 std::chrono::milliseconds turn_to_speak(int rank) {
   return std::chrono::milliseconds(rank == 0 ? 0 : std::min(700 + 20 * rank, 10'000));
 }
@@ -70,6 +72,8 @@ int end_job(MpiEnvironment& mpi) {
   }
   remove_stop_handlers();  // another rank's abort reaches this one as SIGTERM
   std::this_thread::sleep_for(turn_to_speak(mpi.rank()));
+  // Whoever claimed the word before aborts the job; should that fail, this rank speaks after all.
+  if (!claim_failure_report(job_directory())) std::this_thread::sleep_for(std::chrono::seconds(10));
   print_failure(fmt::format(" [rank {} on {}]", mpi.rank(), mpi.host()), failure);
   mpi.abort(failure.code);
 }
