@@ -10,6 +10,8 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include "launcher/core_share.hpp"
+
 namespace {
 
 // Omni-Path, InfiniPath, InfiniBand and EFA, Slingshot: whatever is not Ethernet or shared memory.
@@ -27,11 +29,10 @@ long number_of(const char* text, long otherwise) {
   return text == nullptr ? otherwise : std::strtol(text, nullptr, 10);
 }
 
-// Threads of each rank that the user has asked for; 1 where the program will share out the cores, so that its threads
-// fit.
+// Threads of each rank that the user has asked for; 0 where the program will share out the cores, so that they fit.
 long wanted_threads(char** argv) {
   const std::string_view option = "--num_threads";
-  long threads = number_of(std::getenv("OMP_NUM_THREADS"), 1);
+  long threads = number_of(std::getenv("OMP_NUM_THREADS"), 0);
   for (char** argument = argv; *argument != nullptr; ++argument) {
     const std::string_view text = *argument;
     if (text == option) threads = number_of(argument[1], threads);
@@ -56,7 +57,7 @@ void settle_waiting(char** argv) {
   long ranks = number_of(std::getenv("OMPI_COMM_WORLD_LOCAL_SIZE"), 1);
   if (std::getenv("OMPI_MCA_orte_bound_at_launch") != nullptr)
     ranks = std::max(1L, (ranks * cores + online - 1) / online);
-  if (threads == 1 || ranks * threads <= cores)
+  if (threads <= 1 || ranks * threads <= cores)
     ::setenv("GOMP_SPINCOUNT", "10000", 0);
   else
     ::setenv("OMP_WAIT_POLICY", "passive", 0);
@@ -86,6 +87,7 @@ void ask_for_same_sums() {
 }  // namespace
 
 int main(int /*argc*/, char** argv) {
+  if (wanted_threads(argv) != 1) shardtune::widen_default_binding();  // a single thread is best where it is
   settle_waiting(argv);
   // Open MPI's modules for Omni-Path and InfiniPath wait 0.1 s each for a device at every start, and libfabric loads them too.
   // Without any fabric they have nothing to do. This replaces a value from Open MPI's own files, so it must name ofi as well

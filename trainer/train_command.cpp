@@ -2,6 +2,7 @@
 #include <optional>
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 #include <unistd.h>
@@ -166,11 +167,16 @@ void TrainRun::decide_identity() {
   const RunIdentity& id = state_.identity;
   const LoaderOptions loader = loader_options(id, *model_);
   settings_ = trainer_settings(options_, steps_per_epoch(train_data_->size(), loader));
-  log::info("{} examples, {} steps of {} examples ({} micro-batches of at most {}), {} ranks, sharding {}, {}, kernels for {}",
-            train_data_->size(), settings_.max_steps, id.global_batch_size,
-            (id.global_batch_size + id.per_device_train_batch_size - 1) / id.per_device_train_batch_size,
-            id.per_device_train_batch_size, world_.size(), plan_request(options_.train).name, options_.train.bf16 ? "bf16" : options_.train.fp16 ? "fp16" : "fp32",
-            name_of(instruction_set()));
+  log::info(
+      "{} examples, {} steps of {} examples ({} micro-batches of at most {}), {} ranks of {} threads, sharding {}, {}, "
+      "kernels for {}",
+      train_data_->size(), settings_.max_steps, id.global_batch_size,
+      (id.global_batch_size + id.per_device_train_batch_size - 1) / id.per_device_train_batch_size,
+      id.per_device_train_batch_size, world_.size(), at::get_num_threads(), plan_request(options_.train).name,
+      options_.train.bf16   ? "bf16"
+      : options_.train.fp16 ? "fp16"
+                            : "fp32",
+      name_of(instruction_set()));
 }
 
 void TrainRun::load_weights() {

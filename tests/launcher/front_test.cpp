@@ -44,6 +44,16 @@ class Front : public ::testing::Test {
     return lines;
   }
 
+  // The CPUs that a program may use: what follows the name in its status.
+  static std::string allowed(const std::string& command) {
+    const auto result = testing_support::run_command(command);
+    EXPECT_EQ(result.exit_code, 0) << result.output;
+    const std::string name = "Cpus_allowed_list:";
+    const auto at = result.output.rfind(name);
+    if (at == std::string::npos) return result.output;
+    return result.output.substr(at + name.size(), result.output.find('\n', at) - at - name.size());
+  }
+
   const std::filesystem::path folder_ = fresh_directory("front");
   int cores_ = 0;
 };
@@ -66,6 +76,17 @@ TEST_F(Front, BoundRanksHaveTheirCoresForThemselves) {
                     crowded = fmt::format("OMPI_COMM_WORLD_LOCAL_SIZE={} OMP_NUM_THREADS=2", online + 1);
   EXPECT_EQ(waiting(full + " OMPI_MCA_orte_bound_at_launch=1"), "spin");
   EXPECT_EQ(waiting(crowded + " OMPI_MCA_orte_bound_at_launch=1"), "sleep");
+}
+
+TEST_F(Front, OneRankMayUseAllCoresUnlessToldOtherwise) {
+  const std::string status = "grep Cpus_allowed_list /proc/self/status", run = "env -u OMP_NUM_THREADS mpirun -n 1 ";
+  std::ofstream(folder_ / "libexec" / "shardtune") << "#!/bin/sh\n" + status + "\n";
+  const std::string program = (folder_ / "shardtune").string() + " train";
+  EXPECT_EQ(allowed(run + program), allowed(status));
+  EXPECT_EQ(allowed(run + program + " --num_threads 1"), allowed(run + status))
+      << "one thread stays where Open MPI has put it";
+  EXPECT_EQ(allowed(run + "--bind-to core " + program), allowed(run + "--bind-to core " + status));
+  EXPECT_EQ(allowed(run + "--map-by slot " + program), allowed(run + "--map-by slot " + status));
 }
 
 TEST_F(Front, AUsersOwnChoiceStays) {
