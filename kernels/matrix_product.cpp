@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <string_view>
+#include <vector>
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -71,6 +72,14 @@ void for_each_block(const at::Tensor& left, const at::Tensor& right, const at::T
   });
 }
 
+// Of parts [K, N] along `dim`, in their order in memory: which side is dense decides how some libraries sum.
+at::Tensor joined(at::TensorList parts, std::int64_t dim) {
+  if (parts[0].stride(1) == 1) return at::cat(parts, dim);
+  std::vector<at::Tensor> transposed;
+  for (const at::Tensor& part : parts) transposed.push_back(part.t());
+  return at::cat(transposed, 1 - dim).t();
+}
+
 }  // namespace
 
 at::Tensor matrix_product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias) {
@@ -95,7 +104,7 @@ at::Tensor matrix_product(const at::Tensor& left, at::TensorList right_parts, st
     return part.size(dim) % bf16::kBlock == 0;
   });
   if (takes_bf16_products(left) && is_cut_at_blocks) return bf16_gemm(left, RightParts{right_parts, dim}, bias);
-  return matrix_product(left, at::cat(right_parts, dim), bias);
+  return matrix_product(left, joined(right_parts, dim), bias);
 }
 
 void matrix_product_add(const at::Tensor& left, const at::Tensor& right, at::Tensor& into) {
