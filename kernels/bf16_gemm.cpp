@@ -20,6 +20,7 @@ using bf16::kBlock;
 using bf16::numbers;
 using bf16::PackedSide;
 using bf16::padded;
+using bf16::Range;
 using bf16::RightSide;
 using Number = std::uint16_t;
 using Word = std::uint32_t;
@@ -32,25 +33,25 @@ class BlockProduct {
       : b_(b), finish_(finish), sums_(at::empty({b.rows * b.columns})) {}
 
   // The chunk of K from `first` on.
-  void add_chunk(std::int64_t row, std::int64_t column, std::int64_t first, const Number* left, const Word* panels) {
-    const std::int64_t depth = b_.depth(first), rows = b_.rows_at(row), columns = b_.columns_at(column);
+  void add_chunk(Range rows, Range columns, std::int64_t first, const Number* left, const Word* panels) {
+    const std::int64_t depth = b_.depth(first);
     const bool is_last = first + depth == padded(b_.k);
     auto* sums = sums_.template mutable_data_ptr<float>();
-    for (std::int64_t n = 0; n < columns; n += kBlock)
-      for (std::int64_t m = 0; m < rows; m += kBlock) {
-        float* c = sums + n * rows + m * kBlock;
+    for (std::int64_t n = 0; n < columns.size; n += kBlock)
+      for (std::int64_t m = 0; m < rows.size; m += kBlock) {
+        float* c = sums + n * rows.size + m * kBlock;
         bf16::multiply({.a = left + m * depth,
                         .lda = kBlock,
                         .b = panels + n * depth / 2,
                         .ldb = kBlock,
                         .c = c,
                         .ldc = kBlock,
-                        .m = kBlock,
+                        .m = std::min(kBlock, b_.m - rows.first - m),
                         .n = kBlock,
                         .k = depth,
                         .adds = first > 0,
                         .a_step = kBlock * kBlock});
-        if (is_last) finish_(row + m, column + n, c);
+        if (is_last) finish_(rows.first + m, columns.first + n, c);
       }
   }
 
@@ -60,12 +61,30 @@ class BlockProduct {
   at::Tensor sums_;  // blocks of 32 x 32, each of its own
 };
 
-// visit(first row or column, first term) of all blocks and chunks of one side, shared out.
+// visit(rows or columns, first term) of all blocks and chunks of the side that all tasks read, shared out.
 template <class Visit>
 void for_each_chunk(const Blocking& b, std::int64_t size, std::int64_t block, const Visit& visit) {
   const std::int64_t chunks = b.num_chunks();
   at::parallel_for(0, (size + block - 1) / block * chunks, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) visit(i / chunks * block, i % chunks * b.chunk);
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t first = i / chunks * block;
+      visit(Range{first, std::min(block, padded(size) - first)}, i % chunks * b.chunk);
+    }
+  });
+}
+
+// run(visit_blocks) on each thread that has a share of `size`; visit_blocks(visit) calls visit(rows or columns) for its
+// blocks of about the same size, at most `block`.
+template <class Run>
+void share_out(std::int64_t size, std::int64_t block, const Run& run) {
+  at::parallel_for(0, padded(size) / kBlock, 1, [&](std::int64_t begin, std::int64_t end) {
+    if (begin == end) return;
+    const bf16::TileSession session;
+    run([&](const auto& visit) {
+      const std::int64_t share = (end - begin) * kBlock, num_blocks = (share + block - 1) / block,
+                         step = padded((share + num_blocks - 1) / num_blocks);
+      for (std::int64_t at = 0; at < share; at += step) visit(Range{begin * kBlock + at, std::min(step, share - at)});
+    });
   });
 }
 
@@ -73,49 +92,47 @@ template <class Finish>
 void multiply_row_blocks(const at::Tensor& left, const RightSide& right, const Blocking& b, const Finish& finish) {
   PackedSide packed(padded(b.k) * padded(b.n));
   Word* const panels = packed.words();
-  const auto panels_at = [&](std::int64_t n, std::int64_t first) {
-    return panels + (n * padded(b.k) + first * b.columns_at(n)) / 2;
+  const auto panels_at = [&](Range columns, std::int64_t first) {
+    return panels + (columns.first * padded(b.k) + first * columns.size) / 2;
   };
-  for_each_chunk(b, b.n, b.columns, [&](std::int64_t n, std::int64_t first) {
-    bf16::pack_right(right, b, n, first, panels_at(n, first));
+  for_each_chunk(b, b.n, b.columns, [&](Range columns, std::int64_t first) {
+    bf16::pack_right(right, b, columns, first, panels_at(columns, first));
   });
-  at::parallel_for(0, (b.m + b.rows - 1) / b.rows, 1, [&](std::int64_t begin, std::int64_t end) {
-    if (begin == end) return;
-    const bf16::TileSession session;
+  share_out(b.m, b.rows, [&](const auto& visit_blocks) {
     BlockProduct product(b, finish);
     PackedSide memory(b.rows * (b.packs_all_depth ? padded(b.k) : b.chunk));
-    Number* const rows = memory.numbers();
-    for (std::int64_t m = begin * b.rows; m < std::min(b.m, end * b.rows); m += b.rows)
+    visit_blocks([&](Range rows) {
       for (std::int64_t n = 0; n < b.n; n += b.columns)
         for (std::int64_t first = 0; first < padded(b.k); first += b.chunk) {
-          Number* const chunk = b.packs_all_depth ? rows + first * b.rows : rows;
-          if (n == 0 || !b.packs_all_depth) bf16::pack_left(left, b, m, first, chunk);
-          product.add_chunk(m, n, first, chunk, panels_at(n, first));
+          const Range columns{n, b.columns_at(n)};
+          Number* const chunk = memory.numbers() + (b.packs_all_depth ? first * rows.size : 0);
+          if (n == 0 || !b.packs_all_depth) bf16::pack_left(left, b, rows, first, chunk);
+          product.add_chunk(rows, columns, first, chunk, panels_at(columns, first));
         }
+    });
   });
 }
 
 template <class Finish>
 void multiply_column_blocks(const at::Tensor& left, const RightSide& right, const Blocking& b, const Finish& finish) {
   PackedSide packed(padded(b.m) * padded(b.k));
-  Number* const rows = packed.numbers();
-  const auto rows_at = [&](std::int64_t m, std::int64_t first) {
-    return rows + m * padded(b.k) + first * b.rows_at(m);
+  const auto rows_at = [&](Range rows, std::int64_t first) {
+    return packed.numbers() + rows.first * padded(b.k) + first * rows.size;
   };
   for_each_chunk(b, b.m, b.rows,
-                 [&](std::int64_t m, std::int64_t first) { bf16::pack_left(left, b, m, first, rows_at(m, first)); });
-  at::parallel_for(0, (b.n + b.columns - 1) / b.columns, 1, [&](std::int64_t begin, std::int64_t end) {
-    if (begin == end) return;
-    const bf16::TileSession session;
+                 [&](Range rows, std::int64_t first) { bf16::pack_left(left, b, rows, first, rows_at(rows, first)); });
+  share_out(b.n, b.columns, [&](const auto& visit_blocks) {
     BlockProduct product(b, finish);
     PackedSide memory(b.columns * (b.packs_all_depth ? padded(b.k) : b.chunk));
-    for (std::int64_t n = begin * b.columns; n < std::min(b.n, end * b.columns); n += b.columns)
+    visit_blocks([&](Range columns) {
       for (std::int64_t m = 0; m < b.m; m += b.rows)
         for (std::int64_t first = 0; first < padded(b.k); first += b.chunk) {
-          Word* const panels = memory.words() + (b.packs_all_depth ? first * b.columns / 2 : 0);
-          if (m == 0 || !b.packs_all_depth) bf16::pack_right(right, b, n, first, panels);
-          product.add_chunk(m, n, first, rows_at(m, first), panels);
+          const Range rows{m, b.rows_at(m)};
+          Word* const chunk = memory.words() + (b.packs_all_depth ? first * columns.size / 2 : 0);
+          if (m == 0 || !b.packs_all_depth) bf16::pack_right(right, b, columns, first, chunk);
+          product.add_chunk(rows, columns, first, rows_at(rows, first), chunk);
         }
+    });
   });
 }
 

@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 
 #include "core/error.hpp"
+#include "kernels/instruction_set.hpp"
 
 namespace shardtune::bf16 {
 namespace {
@@ -13,17 +14,20 @@ namespace {
 using Number = std::uint16_t;
 using Word = std::uint32_t;
 
-// A panel of `right` (32 columns) and 32 rows of `left`, one chunk of K deep, stay in the first-level cache while they
-// meet; the sums of a block of the result and one side of it stay in the second, the other side comes from beyond it.
-constexpr std::int64_t kDepth = 256, kNarrow = 1024, kSums = 192 * 1024, kLeftNumbers = 384 * 1024;
+// A panel of `right` (32 columns) and 32 rows of `left`, one chunk of K deep, meet in the first-level cache on tiles;
+// on lanes, which take longer, the panel may come from the second, and fetching and storing sums less often is worth
+// more. The sums of a block of the result and one side of it stay in the second, the other side comes from beyond it.
+constexpr std::int64_t kDepthOnTiles = 256, kDepthOnLanes = 768, kNarrow = 1024, kSums = 192 * 1024,
+                       kOwnNumbers = 384 * 1024;
+constexpr double kUneven = 1.02;  // less is not worth another way
 
 // Of the other dimension of a block whose sums stay in the cache.
 std::int64_t beside(std::int64_t size) { return std::clamp<std::int64_t>(kSums / size / kBlock * kBlock, 64, 512); }
-// At most `block`, so that every thread gets as many blocks.
-std::int64_t fitted(std::int64_t size, std::int64_t block) {
-  const std::int64_t threads = at::get_num_threads(),
-                     blocks = (size + block * threads - 1) / (block * threads) * threads;
-  return padded((size + blocks - 1) / blocks);
+// How many times as long as all threads would take together the busiest one takes, for a dimension shared out by
+// blocks.
+double unevenness(std::int64_t size) {
+  const std::int64_t threads = at::get_num_threads(), blocks = padded(size) / kBlock;
+  return static_cast<double>((blocks + threads - 1) / threads * threads * kBlock) / static_cast<double>(size);
 }
 
 // One block of 32 x 32 of a matrix as rows of 32 numbers, zeros beyond its edge: in place where it is whole.
@@ -59,33 +63,30 @@ const Number* numbers(const at::Tensor& x) {
 
 Blocking::Blocking(const at::Tensor& left, std::int64_t columns_of_right)
     : m(left.size(0)), n(columns_of_right), k(left.size(1)) {
-  const std::int64_t chunks = std::max<std::int64_t>(1, (k + kDepth - 1) / kDepth);
+  const std::int64_t deepest = instruction_set() == InstructionSet::amx ? kDepthOnTiles : kDepthOnLanes;
+  const std::int64_t chunks = std::max<std::int64_t>(1, (k + deepest - 1) / deepest);
   chunk = padded((k + chunks - 1) / chunks);
   const bool is_shallow = padded(k) <= kNarrow;
-  if (n >= 4 * m && is_shallow) {  // a classifier's many columns
-    tasks = BlockTasks::columns;
-    rows = columns = 256;
-  } else if (padded(n) <= kNarrow) {
-    columns = padded(n);
-    rows = beside(columns);
+  const bool is_wide =
+      is_shallow ? n >= 4 * m : padded(n) > kNarrow && padded(m) <= kNarrow;  // a classifier; a weight's gradient
+  if (is_wide || unevenness(m) > kUneven * unevenness(n)) tasks = BlockTasks::columns;
+  std::int64_t& own = tasks == BlockTasks::rows ? rows : columns;
+  std::int64_t& shared = tasks == BlockTasks::rows ? columns : rows;
+  const std::int64_t shared_size = padded(tasks == BlockTasks::rows ? n : m);
+  if (is_wide && is_shallow) {
+    own = shared = 256;
+  } else if (shared_size <= kNarrow) {
+    shared = shared_size;
+    own = beside(shared);
     packs_all_depth = false;
   } else if (is_shallow) {
-    columns = 128;
-    rows = std::clamp<std::int64_t>(kLeftNumbers / std::max(kBlock, padded(k)) / kBlock * kBlock, 64, 512);
-  } else if (padded(m) <= kNarrow) {  // a weight's gradient, of many tokens
-    tasks = BlockTasks::columns;
-    rows = padded(m);
-    columns = beside(rows);
-    packs_all_depth = false;
+    shared = 128;
+    own = std::clamp<std::int64_t>(kOwnNumbers / std::max(kBlock, padded(k)) / kBlock * kBlock, 64, 512);
   } else {
-    columns = 768;
-    rows = 256;
+    shared = 768;
+    own = 256;
     packs_all_depth = false;
   }
-  if (tasks == BlockTasks::rows)
-    rows = fitted(m, rows);
-  else
-    columns = fitted(n, columns);
 }
 
 RightSide::RightSide(at::TensorList parts, std::int64_t dim) : parts_(parts), dim_(dim) {
@@ -109,12 +110,12 @@ RightSide::Place RightSide::at(std::int64_t k, std::int64_t n) const {
 
 PackedSide::PackedSide(std::int64_t count) : memory_(at::empty({count}, at::kShort)) {}
 
-void pack_right(const RightSide& right, const Blocking& b, std::int64_t column, std::int64_t first, Word* into) {
+void pack_right(const RightSide& right, const Blocking& b, Range columns, std::int64_t first, Word* into) {
   const std::int64_t depth = b.depth(first);
   alignas(64) Number copy[kBlock * kBlock];
-  for_each_block(b.columns_at(column), depth, right.has_dense_rows(), [&](std::int64_t n, std::int64_t k) {
-    const auto [data, stride] = right.at(first + k, column + n);
-    const std::int64_t num_terms = b.k - first - k, num_columns = b.n - column - n;
+  for_each_block(columns.size, depth, right.has_dense_rows(), [&](std::int64_t n, std::int64_t k) {
+    const auto [data, stride] = right.at(first + k, columns.first + n);
+    const std::int64_t num_terms = b.k - first - k, num_columns = b.n - columns.first - n;
     Word* const panel = into + (n * depth + k * kBlock) / 2;
     if (right.has_dense_rows()) {
       const Block block = block_of(data, stride, num_terms, num_columns, copy);
@@ -126,14 +127,14 @@ void pack_right(const RightSide& right, const Blocking& b, std::int64_t column, 
   });
 }
 
-void pack_left(const at::Tensor& left, const Blocking& b, std::int64_t row, std::int64_t first, Number* into) {
+void pack_left(const at::Tensor& left, const Blocking& b, Range rows, std::int64_t first, Number* into) {
   const bool has_dense_rows = left.stride(1) == 1;
   const std::int64_t depth = b.depth(first);
   alignas(64) Number copy[kBlock * kBlock];
   alignas(64) Word pairs[kBlock / 2 * kBlock];
-  for_each_block(b.rows_at(row), depth, !has_dense_rows, [&](std::int64_t m, std::int64_t k) {
-    const Number* const data = numbers(left) + (row + m) * left.stride(0) + (first + k) * left.stride(1);
-    const std::int64_t num_rows = b.m - row - m, num_terms = b.k - first - k;
+  for_each_block(rows.size, depth, !has_dense_rows, [&](std::int64_t m, std::int64_t k) {
+    const Number* const data = numbers(left) + (rows.first + m) * left.stride(0) + (first + k) * left.stride(1);
+    const std::int64_t num_rows = b.m - rows.first - m, num_terms = b.k - first - k;
     Number* const packed = into + m * depth + k * kBlock;
     if (has_dense_rows) {
       copy_rows(data, left.stride(0), std::min(kBlock, num_rows), std::min(kBlock, num_terms), packed, kBlock);

@@ -13,13 +13,13 @@ namespace shardtune::bf16 {
 // The bits of a bf16 tensor.
 const std::uint16_t* numbers(const at::Tensor& x);
 
-// What a task computes: whole rows of blocks of the result, or whole columns of them.
+// What the tasks of a product share out: rows of the result, or columns of it, in multiples of 32.
 enum class BlockTasks { rows, columns };
 
 // How a product is cut. Only `chunk`, the terms added in one go, bears on the bits, and it depends on K alone. The side
 // that all tasks read is packed once for all; each task packs its part of the other where it needs it.
 struct Blocking {
-  std::int64_t m, n, k, chunk, rows, columns;  // rows x columns: a block of the result
+  std::int64_t m, n, k, chunk, rows, columns;  // rows x columns: a block of the result, at most
   BlockTasks tasks = BlockTasks::rows;
   bool packs_all_depth = true;  // of a task's own side; else chunk by chunk, for every block of the result anew
 
@@ -28,6 +28,11 @@ struct Blocking {
   std::int64_t depth(std::int64_t first) const { return std::min(chunk, padded(k) - first); }
   std::int64_t columns_at(std::int64_t column) const { return std::min(columns, padded(n) - column); }
   std::int64_t rows_at(std::int64_t row) const { return std::min(rows, padded(m) - row); }
+};
+
+// Rows or columns of a result; multiples of 32.
+struct Range {
+  std::int64_t first, size;
 };
 
 // The right side of a product, [K, N], in parts along `dim`, all but the last of them multiples of 32 long: a block of
@@ -62,11 +67,10 @@ class PackedSide {
   at::Tensor memory_;
 };
 
-// One chunk of a block of columns of `right`: for each 32 columns a panel, pairs [depth / 2, 32].
-void pack_right(const RightSide& right, const Blocking& b, std::int64_t column, std::int64_t first,
-                std::uint32_t* into);
-// One chunk of a block of rows of `left`: for each 32 rows, blocks of 32 x 32 one after the other along K, so that a
-// product reads memory from front to back.
-void pack_left(const at::Tensor& left, const Blocking& b, std::int64_t row, std::int64_t first, std::uint16_t* into);
+// One chunk of some columns of `right`: for each 32 columns a panel, pairs [depth / 2, 32].
+void pack_right(const RightSide& right, const Blocking& b, Range columns, std::int64_t first, std::uint32_t* into);
+// One chunk of some rows of `left`: for each 32 rows, blocks of 32 x 32 one after the other along K, so that a product
+// reads memory from front to back.
+void pack_left(const at::Tensor& left, const Blocking& b, Range rows, std::int64_t first, std::uint16_t* into);
 
 }  // namespace shardtune::bf16

@@ -162,7 +162,7 @@ void multiply(const Product& p) {
       if (on_tiles) {
         multiply_on_tiles(p, m, n);
       } else {
-        for (std::int64_t row = m; row < m + kBlock; row += 8) multiply_on_lanes<8>(p, row, n);
+        for (std::int64_t row = m; row < m + kBlock && row < p.m; row += 8) multiply_on_lanes<8>(p, row, n);
       }
     }
 }

@@ -23,7 +23,8 @@ class TileSession {
 
 // c[m, n] = a[m, k] b[k, n], or += where `adds`. a: rows of k numbers, or blocks of 32 columns `a_step` apart. b: k / 2
 // rows of n words, a word holds the numbers of two consecutive rows (the first in the low half). c: fp32. Strides (ld*)
-// in elements of the pointer's type.
+// in elements of the pointer's type. m may be anything: rows of c beyond it, up to the next multiple of 32, must be
+// there and hold anything afterwards.
 struct Product {
   const std::uint16_t* a;
   std::int64_t lda;
