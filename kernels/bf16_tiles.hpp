@@ -5,11 +5,12 @@
 // bits of bf16. All pointers are 64-byte aligned unless noted. Both units flush denormal numbers to zero.
 #include <cstdint>
 
+#include "kernels/block_size.hpp"
+
 namespace shardtune::bf16 {
 
-inline constexpr std::int64_t kBlock = 32;  // sizes of operands are multiples of it, unless noted
-
-constexpr std::int64_t padded(std::int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
+using packed::kBlock;  // sizes of operands are multiples of it, unless noted
+using packed::padded;
 
 // The tiles of this thread, while it lives; on avx512_bf16 nothing. Every product needs one around it, and so do
 // streaming stores, which other threads see once the session has ended.

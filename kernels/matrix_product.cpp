@@ -10,7 +10,8 @@
 #include <ATen/core/grad_mode.h>
 
 #include "kernels/bf16_gemm.hpp"
-#include "kernels/bf16_tiles.hpp"
+#include "kernels/block_size.hpp"
+#include "kernels/fp32_gemm.hpp"
 
 // MKL's own (mkl_service.h, which LibTorch does not bring along); absent from a LibTorch without MKL.
 extern "C" int MKL_Set_Num_Threads_Local(int num_threads) __attribute__((weak));
@@ -84,6 +85,7 @@ at::Tensor joined(at::TensorList parts, std::int64_t dim) {
 
 at::Tensor matrix_product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias) {
   if (takes_bf16_products(left)) return bf16_gemm(left, right, bias);
+  if (takes_fp32_products(left)) return fp32_gemm(left, right, 0, bias);
   if (keeps_order_of_sums(left)) return bias.defined() ? at::addmm(bias, left, right) : at::mm(left, right);
   at::Tensor result = at::empty({left.size(0), right.size(1)}, left.options());
   for_each_block(left, right, result, [&](Operands block) {
@@ -101,14 +103,16 @@ at::Tensor matrix_product(const at::Tensor& left, at::TensorList right_parts, st
   if (right_parts.size() == 1) return matrix_product(left, right_parts[0], bias);
   const auto all_but_last = right_parts.slice(0, right_parts.size() - 1);
   const bool is_cut_at_blocks = std::all_of(all_but_last.begin(), all_but_last.end(), [dim](const at::Tensor& part) {
-    return part.size(dim) % bf16::kBlock == 0;
+    return part.size(dim) % packed::kBlock == 0;
   });
   if (takes_bf16_products(left) && is_cut_at_blocks) return bf16_gemm(left, RightParts{right_parts, dim}, bias);
+  if (takes_fp32_products(left) && is_cut_at_blocks) return fp32_gemm(left, right_parts, dim, bias);
   return matrix_product(left, joined(right_parts, dim), bias);
 }
 
 void matrix_product_add(const at::Tensor& left, const at::Tensor& right, at::Tensor& into) {
   if (takes_bf16_products(left)) return bf16_gemm_add(left, right, into);
+  if (takes_fp32_products(left)) return fp32_gemm_add(left, right, into);
   if (left.scalar_type() == at::kFloat && keeps_order_of_sums(left)) {
     into.addmm_(left, right);
     return;

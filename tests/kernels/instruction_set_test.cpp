@@ -20,6 +20,7 @@
 #include "kernels/cross_entropy.hpp"
 #include "kernels/dropout.hpp"
 #include "kernels/embedding.hpp"
+#include "kernels/fp32_gemm.hpp"
 #include "kernels/gated_mlp.hpp"
 #include "kernels/norm.hpp"
 #include "kernels/rope.hpp"
@@ -79,10 +80,11 @@ void add_kernels(Digest& digest, std::int64_t width, at::ScalarType dtype) {
                                    .is_causal = true,
                                    .scale = 0.2,
                                    .dropout = {.probability = 0.1, .key = 6}};
-  // What multiplies bf16 matrices uses products of bf16 where there are any, so its arithmetic differs.
+  // What multiplies bf16 matrices uses products of bf16 where there are any, so its arithmetic differs; so does that of
+  // fp32 products where they are not ATen's.
   if (dtype != at::kBFloat16) digest.add(varlen_attention(q, k, v, attention), {q, k, v});
   const at::Tensor hidden = input(7, {kTokens, 8}), head = input(8, {width + 3, 8});
-  if (dtype != at::kBFloat16)
+  if (dtype != at::kBFloat16 && !(dtype == at::kFloat && prefers_fp32_products()))
     for (const double smoothing : {0.0, 0.1})
       digest.add(linear_cross_entropy_sum(hidden, head, ids,
                                           {.loss_scale = 0.3, .label_smoothing = smoothing, .chunk_rows = 32}),

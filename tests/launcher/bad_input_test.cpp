@@ -275,8 +275,8 @@ TEST_F(BadInput, FrozenWeightsThatCannotBeSharedAreNamedOnce) {
 TEST_F(BadInput, RanksOnDifferentProcessorsAreNamedOnce) {
   ASSERT_NE(best_instruction_set(), InstructionSet::portable);
   const std::string rank = fmt::format("{} train {} --bf16", shardtune_binary(), arguments());
-  const CommandResult result =
-      run_command(fmt::format("{} {} : -n 1 env SHARDTUNE_ISA=portable {}", mpirun_command(1), rank, rank));
+  const CommandResult result = run_command(
+      fmt::format("{} env -u SHARDTUNE_ISA {} : -n 1 env SHARDTUNE_ISA=portable {}", mpirun_command(1), rank, rank));
   EXPECT_EQ(result.exit_code, 0) << result.output;
   const std::string wanted =
       fmt::format("kernels: \"{}\" on rank 0, \"portable\" on rank 1", name_of(best_instruction_set()));
