@@ -3,20 +3,14 @@
 // linkage: sixteen numbers at a time between bf16 in memory and fp32 in a register.
 #include <cstdint>
 
-#include <immintrin.h>
-
-// As in simd_memory.hpp: always inlined, so no call's convention could differ where AVX-512 is off.
-#pragma GCC diagnostic ignored "-Wpsabi"
+#include "kernels/avx512_lanes.hpp"
 
 namespace shardtune::bf16 {
 namespace {
 
-constexpr std::int64_t kLanes = 16;
+using avx512::kLanes;
+using avx512::lanes_below;
 
-// Lanes below `count`.
-[[gnu::always_inline]] inline __mmask16 lanes_below(std::int64_t count) {
-  return count >= kLanes ? __mmask16{0xFFFF} : count <= 0 ? __mmask16{0} : static_cast<__mmask16>((1U << count) - 1U);
-}
 [[gnu::always_inline]] inline __m512 load_bf16(const std::uint16_t* from, __mmask16 lanes) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from)), 16));
 }

@@ -72,18 +72,17 @@ void Unit::pack_left(const at::Tensor& left, const packed::Blocking& b, packed::
   });
 }
 
-void Unit::multiply(const Number* left, const Number* panel, float* c, std::int64_t rows, std::int64_t depth,
-                    bool adds) {
-  bf16::multiply({.a = left,
+void Unit::multiply(const packed::BlockTerms<Number>& terms) {
+  bf16::multiply({.a = terms.left,
                   .lda = kBlock,
-                  .b = words(panel),
+                  .b = words(terms.panel),
                   .ldb = kBlock,
-                  .c = c,
+                  .c = terms.c,
                   .ldc = kBlock,
-                  .m = rows,
+                  .m = terms.rows,
                   .n = kBlock,
-                  .k = depth,
-                  .adds = adds,
+                  .k = terms.depth,
+                  .adds = terms.adds,
                   .a_step = kBlock * kBlock});
 }
 

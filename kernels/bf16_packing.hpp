@@ -23,8 +23,7 @@ struct Unit {
                         Number* into);
   static void pack_right(const packed::RightSide& right, const packed::Blocking& b, packed::Range columns,
                          std::int64_t first, Number* into);
-  static void multiply(const Number* left, const Number* panel, float* c, std::int64_t rows, std::int64_t depth,
-                       bool adds);
+  static void multiply(const packed::BlockTerms<Number>& terms);
 };
 
 }  // namespace shardtune::bf16

@@ -93,31 +93,6 @@ void multiply_on_lanes(const Product& p, std::int64_t m, std::int64_t n) {
 
 // -------------------------------------------------------------------------------------------------------------------------
 
-void transpose_16(const std::uint32_t* from, std::int64_t stride, std::uint32_t* into, std::int64_t into_stride) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * stride);
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    _mm512_storeu_si512(into + i * into_stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-    _mm512_storeu_si512(into + (i + 8) * into_stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
-  }
-}
-
 // value_of(sums, column): what is stored of 16 of them. 32 columns are one store.
 template <bool kStreams, class ValueOf>
 [[gnu::always_inline]] inline void store_rows(const Sums& sums, const Target& into, const ValueOf& value_of) {
@@ -195,7 +170,7 @@ void transpose_words(const std::uint32_t* from, std::int64_t stride, std::int64_
                      std::uint32_t* into, std::int64_t into_stride) {
   for (std::int64_t r = 0; r < rows; r += kLanes)
     for (std::int64_t c = 0; c < columns; c += kLanes)
-      transpose_16(from + r * stride + c, stride, into + c * into_stride + r, into_stride);
+      avx512::transpose_16(from + r * stride + c, stride, {}, into + c * into_stride + r, into_stride);
 }
 
 void store_block(const Sums& sums, const Target& into, float factor) {

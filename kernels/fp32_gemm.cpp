@@ -56,10 +56,7 @@ struct Unit {
     });
   }
 
-  static void multiply(const float* left, const float* panel, float* c, std::int64_t rows, std::int64_t depth,
-                       bool adds) {
-    fp32::multiply(left, panel, c, rows, depth, adds);
-  }
+  static void multiply(const packed::BlockTerms<float>& terms) { fp32::multiply(terms); }
 };
 
 // A block of `out` [M, N], which has dense rows.

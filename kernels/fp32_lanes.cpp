@@ -1,24 +1,24 @@
 #include "kernels/fp32_lanes.hpp"
 
-#include <immintrin.h>
+#include "kernels/avx512_lanes.hpp"
 
 // Compiled for AVX-512 (see CMakeLists.txt); no templates of the standard library in here.
 namespace shardtune::fp32 {
 namespace {
 
-constexpr std::int64_t kLanes = 16;
-
-__mmask16 lanes_below(std::int64_t n) {
-  return n >= kLanes ? static_cast<__mmask16>(0xffff) : n <= 0 ? __mmask16{0} : static_cast<__mmask16>((1U << n) - 1U);
-}
+using avx512::kLanes;
+using avx512::lanes_below;
+using avx512::transpose_16;
 
 // kRows rows and 32 columns of c: 2 kRows sums, each waiting for its own last addition only.
 template <int kRows>
-void multiply_rows(const float* a, const float* b, float* c, std::int64_t depth, bool adds) {
+void multiply_rows(const packed::BlockTerms<float>& terms, std::int64_t row) {
   __m512 sum[kRows][2];
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < 2; ++v) sum[r][v] = adds ? _mm512_load_ps(c + r * kBlock + v * kLanes) : _mm512_setzero_ps();
-  for (std::int64_t k = 0; k < depth; ++k, b += kBlock) {
+    for (int v = 0; v < 2; ++v) sum[r][v] = _mm512_setzero_ps();
+  const float* const a = terms.left + row * kBlock;
+  const float* b = terms.panel;
+  for (std::int64_t k = 0; k < terms.depth; ++k, b += kBlock) {
     const float* factors = a + k / kBlock * (kBlock * kBlock) + k % kBlock;
     const __m512 b0 = _mm512_load_ps(b), b1 = _mm512_load_ps(b + kLanes);
     for (int r = 0; r < kRows; ++r) {
@@ -28,33 +28,10 @@ void multiply_rows(const float* a, const float* b, float* c, std::int64_t depth,
     }
   }
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < 2; ++v) _mm512_store_ps(c + r * kBlock + v * kLanes, sum[r][v]);
-}
-
-void transpose_16(const float* from, std::int64_t stride, std::int64_t rows, std::int64_t columns, float* into) {
-  __m512 r[16], t[16];
-  const __mmask16 lanes = lanes_below(columns);
-  for (int i = 0; i < 16; ++i) r[i] = i < rows ? _mm512_maskz_loadu_ps(lanes, from + i * stride) : _mm512_setzero_ps();
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
-    r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
-    r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    _mm512_store_ps(into + i * kBlock, _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88));
-    _mm512_store_ps(into + (i + 8) * kBlock, _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd));
-  }
+    for (int v = 0; v < 2; ++v) {
+      float* const c = terms.c + (row + r) * kBlock + v * kLanes;
+      _mm512_store_ps(c, terms.adds ? _mm512_add_ps(_mm512_load_ps(c), sum[r][v]) : sum[r][v]);
+    }
 }
 
 // value_of(sums, into, lanes, column): what is stored of 16 of them.
@@ -70,9 +47,8 @@ template <class ValueOf>
 
 }  // namespace
 
-void multiply(const float* a, const float* b, float* c, std::int64_t rows, std::int64_t depth, bool adds) {
-  for (std::int64_t row = 0; row < rows; row += 8, a += 8 * kBlock, c += 8 * kBlock)
-    multiply_rows<8>(a, b, c, depth, adds);
+void multiply(const packed::BlockTerms<float>& terms) {
+  for (std::int64_t row = 0; row < terms.rows; row += 8) multiply_rows<8>(terms, row);
 }
 
 void copy_block(const float* from, std::int64_t stride, std::int64_t rows, std::int64_t columns, float* into) {
@@ -86,7 +62,7 @@ void copy_block(const float* from, std::int64_t stride, std::int64_t rows, std::
 void transpose_block(const float* from, std::int64_t stride, std::int64_t rows, std::int64_t columns, float* into) {
   for (std::int64_t r = 0; r < kBlock; r += kLanes)
     for (std::int64_t c = 0; c < kBlock; c += kLanes)
-      transpose_16(from + r * stride + c, stride, rows - r, columns - c, into + c * kBlock + r);
+      transpose_16(from + r * stride + c, stride, {rows - r, columns - c}, into + c * kBlock + r, kBlock);
 }
 
 void store_block(const float* sums, const Target& into) {

@@ -10,9 +10,8 @@ namespace shardtune::fp32 {
 
 using packed::kBlock;
 
-// c [32, 32] = a b, or += where `adds`: a in blocks of 32 x 32 along its `depth` columns, b [depth, 32]. Rows of c from
-// `rows` on, up to the next multiple of 8, hold anything afterwards.
-void multiply(const float* a, const float* b, float* c, std::int64_t rows, std::int64_t depth, bool adds);
+// The left side in blocks of 32 x 32 along its columns, the panel [depth, 32]. Sums of the terms are added to c as one.
+void multiply(const packed::BlockTerms<float>& terms);
 
 // [rows, columns], at most 32 x 32, any alignment -> 32 x 32, zeros where there is nothing.
 void copy_block(const float* from, std::int64_t stride, std::int64_t rows, std::int64_t columns, float* into);

@@ -12,9 +12,10 @@ namespace {
 // beyond.
 constexpr std::int64_t kNarrow = 1024, kSums = 192 * 1024;
 constexpr double kUneven = 1.02;  // less is not worth another way
+constexpr std::int64_t kSmall = 4 << 20;
 // The gradient of a classifier's input sums over its many classes: packing all of the weights would take their memory again,
 // while the sums of the whole result are few.
-constexpr std::int64_t kDeep = 8, kSpanNumbers = 256 * 1024;
+constexpr std::int64_t kDeep = 8, kManyTerms = 16 * 1024, kSpanNumbers = 256 * 1024;
 
 // Of the other dimension of a block whose sums stay in the cache.
 std::int64_t beside(std::int64_t size) { return std::clamp<std::int64_t>(kSums / size / kBlock * kBlock, 64, 512); }
@@ -22,7 +23,7 @@ std::int64_t beside(std::int64_t size) { return std::clamp<std::int64_t>(kSums /
 // blocks.
 double unevenness(std::int64_t size) {
   const std::int64_t threads = at::get_num_threads(), blocks = padded(size) / kBlock;
-  return static_cast<double>((blocks + threads - 1) / threads * threads * kBlock) / static_cast<double>(size);
+  return static_cast<double>((blocks + threads - 1) / threads * threads) / static_cast<double>(blocks);
 }
 
 }  // namespace
@@ -33,7 +34,8 @@ Blocking::Blocking(std::int64_t m_, std::int64_t n_, std::int64_t k_, const Limi
   const bool is_shallow = padded(k) <= kNarrow;
   // A classifier; a weight's gradient.
   const bool is_wide = is_shallow ? n >= 4 * m : padded(n) > kNarrow && padded(m) <= kNarrow;
-  if (is_wide || unevenness(m) > kUneven * unevenness(n)) tasks = BlockTasks::columns;
+  const bool is_small = padded(m) * padded(k) <= kSmall;  // tasks by columns pack all of the left side
+  if (is_wide || (is_small && unevenness(m) > kUneven * unevenness(n))) tasks = BlockTasks::columns;
   own.size = tasks == BlockTasks::rows ? m : n;
   shared.size = tasks == BlockTasks::rows ? n : m;
   if (is_wide && is_shallow) {
@@ -52,7 +54,7 @@ Blocking::Blocking(std::int64_t m_, std::int64_t n_, std::int64_t k_, const Limi
   }
   own.block = std::min(own.block, padded(own.size));
   span = padded(k);
-  if (own.size * kDeep <= k && span * padded(shared.size) > kSpanNumbers) {
+  if (own.size * kDeep <= k && k > kManyTerms && span * padded(shared.size) > kSpanNumbers) {
     span = std::max<std::int64_t>(1, kSpanNumbers / padded(shared.size) / chunk) * chunk;
     packs_all_depth = false;
   }
@@ -60,8 +62,7 @@ Blocking::Blocking(std::int64_t m_, std::int64_t n_, std::int64_t k_, const Limi
 
 RightSide::RightSide(at::TensorList parts, std::int64_t dim) : parts_(parts), dim_(dim) {
   for (const at::Tensor& part : parts_) {
-    check_internal(part.dim() == 2 && (part.stride(1) == 1 || part.stride(0) == 1) &&
-                       part.stride(1) == parts_[0].stride(1) && part.scalar_type() == dtype() &&
+    check_internal(part.dim() == 2 && part.stride(has_dense_rows() ? 1 : 0) == 1 && part.scalar_type() == dtype() &&
                        part.size(1 - dim_) == parts_[0].size(1 - dim_) && begin_ % kBlock == 0,
                    "the right side of a product is [K, N] with one dense dimension, in parts of multiples of 32");
     begin_ += part.size(dim_);
@@ -79,6 +80,12 @@ void check_product(const at::Tensor& left, const RightSide& right, at::ScalarTyp
   check_internal(left.dim() == 2 && left.size(1) == right.rows() && (left.stride(1) == 1 || left.stride(0) == 1) &&
                      left.scalar_type() == dtype && right.dtype() == dtype,
                  "a packed product takes left [M, K] and right [K, N] of its dtype, each with one dense dimension");
+}
+
+void in_parallel(std::int64_t size, const std::function<void(std::int64_t, std::int64_t)>& run) {
+  at::parallel_for(0, size, 1, [&](std::int64_t begin, std::int64_t end) {
+    if (begin < end) run(begin, end);
+  });
 }
 
 at::Tensor empty_bytes(std::int64_t bytes) { return at::empty({bytes}, at::kByte); }

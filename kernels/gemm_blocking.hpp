@@ -2,6 +2,7 @@
 // Private to kernels/: how a packed matrix product (packed_gemm.hpp) is cut, and its sides.
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 
 #include <ATen/core/Tensor.h>
 
@@ -94,6 +95,9 @@ void for_each_block(std::int64_t size, std::int64_t depth, bool is_dense_along_r
       for (std::int64_t k = 0; k < depth; k += kBlock) visit(i, k);
   }
 }
+
+// run(begin, end) for parts of 0 to size, none of them empty, on this process's threads.
+void in_parallel(std::int64_t size, const std::function<void(std::int64_t, std::int64_t)>& run);
 
 at::Tensor empty_bytes(std::int64_t bytes);  // uninitialised, on a 64-byte boundary
 

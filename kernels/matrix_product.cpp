@@ -83,6 +83,8 @@ at::Tensor joined(at::TensorList parts, std::int64_t dim) {
 
 }  // namespace
 
+bool has_own_fp32_products() { return takes_fp32_products(at::empty({0})); }
+
 at::Tensor matrix_product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias) {
   if (takes_bf16_products(left)) return bf16_gemm(left, right, bias);
   if (takes_fp32_products(left)) return fp32_gemm(left, right, 0, bias);

@@ -11,6 +11,9 @@
 
 namespace shardtune {
 
+// Whether fp32 products of this process are fp32_gemm.hpp's: other bits than a library's.
+bool has_own_fp32_products();
+
 // left [M, K] and right [K, N] of one floating dtype, either dimension of each may be the dense one (x, x.t()) -> [M,
 // N]. bias [N] or undefined: added to every row. No autograd.
 at::Tensor matrix_product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias = {});

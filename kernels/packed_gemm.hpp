@@ -4,18 +4,16 @@
 // neither on the number of threads nor on what other rows and columns there are.
 //
 // A Unit multiplies blocks. Its members, all static:
-//   Number            of both sides, packed or not; kDtype, the same for tensors
-//   Session           around the products of a thread
-//   limits()          see Limits
+//   Number, kDtype    of both sides, packed or not
+//   Session, limits() around the products of a thread; see Limits
 //   pack_left(left, b, rows, first, into)       one chunk of some rows: for each 32 of them blocks of 32 x 32, one
 //       after the other along K, so that a product reads memory from front to back
 //   pack_right(right, b, columns, first, into)  one chunk of some columns: for each 32 of them a panel [depth, 32]
-//   multiply(left, panel, c, rows, depth, adds) c [32, 32] = or += 32 rows by a panel; rows of c from `rows` on may
-//       hold anything
+//   multiply(BlockTerms<Number>)
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include "kernels/gemm_blocking.hpp"
@@ -23,11 +21,10 @@
 namespace shardtune::packed {
 
 // run(visit_blocks) on each thread that has a share of `size`; visit_blocks(visit) calls visit(rows or columns) for its
-// blocks of about the same size, at most `block`. The same blocks each time.
+// blocks of about the same size, at most `block`.
 template <class Unit, class Run>
 void share_out(std::int64_t size, std::int64_t block, const Run& run) {
-  at::parallel_for(0, padded(size) / kBlock, 1, [&](std::int64_t begin, std::int64_t end) {
-    if (begin == end) return;
+  in_parallel(padded(size) / kBlock, [&](std::int64_t begin, std::int64_t end) {
     [[maybe_unused]] const typename Unit::Session session;
     run([&](const auto& visit) {
       const std::int64_t share = (end - begin) * kBlock, num_blocks = (share + block - 1) / block,
@@ -37,8 +34,7 @@ void share_out(std::int64_t size, std::int64_t block, const Run& run) {
   });
 }
 
-// One product. finish(row, column, sums) is called once for each 32 x 32 of the result, on any thread; sums in rows
-// of 32.
+// One product. finish(row, column, sums in rows of 32) is called once for each 32 x 32 of it, on any thread.
 template <class Unit, class Finish>
 class PackedProduct {
  public:
@@ -57,11 +53,9 @@ class PackedProduct {
         Scratch<Number> own(b_.own.block * (b_.packs_all_depth ? padded(b_.k) : b_.chunk));
         visit_blocks([&](Range range) {
           for (std::int64_t other = 0; other < b_.shared.size; other += b_.shared.block) {
-            const Range beside = b_.shared.range_at(other);
-            float* const c = b_.has_one_span()
-                                 ? sums.numbers()
-                                 : all_sums.numbers() + range.first * padded(b_.shared.size) + other * range.size;
-            add_block({range, beside, c}, terms, own.numbers(), shared.numbers(), other == 0);
+            float* const all = b_.has_one_span() ? nullptr : all_sums.numbers();
+            const Block block = block_of(range, b_.shared.range_at(other), sums.numbers(), all);
+            add_terms(block, terms, own.numbers(), shared.numbers());
           }
         });
       });
@@ -72,56 +66,65 @@ class PackedProduct {
   using Number = typename Unit::Number;
   struct Terms {
     std::int64_t begin, end;
+    std::int64_t size() const { return end - begin; }
   };
-  // Of the result; sums in blocks of 32 x 32, each of its own.
+  // Of the result; sums in blocks of 32 x 32, those of the next 32 columns `step` numbers for each column further.
   struct Block {
-    Range own, shared;
+    Range rows, columns;
     float* sums;
+    std::int64_t step;
   };
 
+  // Sums that stay over all spans lie where the block is in the result, whoever computes it.
+  Block block_of(Range own, Range shared, float* sums, float* all_sums) const {
+    const auto [rows, columns] = b_.tasks == BlockTasks::rows ? std::pair(own, shared) : std::pair(shared, own);
+    if (all_sums == nullptr) return {rows, columns, sums, rows.size};
+    return {rows, columns, all_sums + columns.first * padded(b_.m) + rows.first * kBlock, padded(b_.m)};
+  }
+
   void pack(bool is_left, Range range, std::int64_t first, Number* into) const {
-    if (is_left)
-      Unit::pack_left(left_, b_, range, first, into);
-    else
-      Unit::pack_right(right_, b_, range, first, into);
+    is_left ? Unit::pack_left(left_, b_, range, first, into) : Unit::pack_right(right_, b_, range, first, into);
   }
 
   // Where a chunk of the side that all tasks read is.
   std::int64_t place(Range range, std::int64_t first, const Terms& terms) const {
-    return range.first * (terms.end - terms.begin) + (first - terms.begin) * range.size;
+    return range.first * terms.size() + (first - terms.begin) * range.size;
   }
+  // Shared out in panels of 32, those next to each other packed in one go.
   void pack_shared(const Terms& terms, Number* into) const {
-    const std::int64_t chunks = (terms.end - terms.begin + b_.chunk - 1) / b_.chunk;
-    at::parallel_for(0, b_.shared.num_blocks() * chunks, 1, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) {
-        const Range range = b_.shared.range_at(i / chunks * b_.shared.block);
-        const std::int64_t first = terms.begin + i % chunks * b_.chunk;
-        pack(b_.tasks == BlockTasks::columns, range, first, into + place(range, first, terms));
+    const std::int64_t chunks = (terms.size() + b_.chunk - 1) / b_.chunk, panels = padded(b_.shared.size) / kBlock;
+    in_parallel(panels * chunks, [&](std::int64_t begin, std::int64_t end) {
+      while (begin < end) {
+        const std::int64_t first = terms.begin + begin / panels * b_.chunk, at = begin % panels * kBlock;
+        const Range block = b_.shared.range_at(at / b_.shared.block * b_.shared.block);
+        const Range range{at, std::min(block.first + block.size - at, (end - begin) * kBlock)};
+        pack(b_.tasks == BlockTasks::columns, range, first,
+             into + place(block, first, terms) + (at - block.first) * b_.depth(first));
+        begin += range.size / kBlock;
       }
     });
   }
 
-  void add_block(const Block& block, const Terms& terms, Number* own, const Number* shared, bool is_first) const {
+  void add_terms(const Block& block, const Terms& terms, Number* own, const Number* shared) const {
+    const bool by_rows = b_.tasks == BlockTasks::rows;
+    const Range mine = by_rows ? block.rows : block.columns, others = by_rows ? block.columns : block.rows;
     for (std::int64_t first = terms.begin; first < terms.end; first += b_.chunk) {
-      Number* const mine = own + (b_.packs_all_depth ? first * block.own.size : 0);
-      if (is_first || !b_.packs_all_depth) pack(b_.tasks == BlockTasks::rows, block.own, first, mine);
-      const Number* const others = shared + place(block.shared, first, terms);
-      if (b_.tasks == BlockTasks::rows)
-        add_chunk(block.own, block.shared, first, mine, others, block.sums);
-      else
-        add_chunk(block.shared, block.own, first, others, mine, block.sums);
+      Number* const packed = own + (b_.packs_all_depth ? first * mine.size : 0);
+      if (others.first == 0 || !b_.packs_all_depth) pack(by_rows, mine, first, packed);
+      const Number* const beside = shared + place(others, first, terms);
+      add_chunk(block, first, by_rows ? packed : beside, by_rows ? beside : packed);
     }
   }
 
-  void add_chunk(Range rows, Range columns, std::int64_t first, const Number* left, const Number* panels,
-                 float* sums) const {
+  void add_chunk(const Block& block, std::int64_t first, const Number* left, const Number* panels) const {
+    const auto [rows, columns, sums, step] = block;
     const std::int64_t depth = b_.depth(first);
     const bool is_last = first + depth == padded(b_.k);
     for (std::int64_t n = 0; n < columns.size; n += kBlock)
       for (std::int64_t m = 0; m < rows.size; m += kBlock) {
-        float* const c = sums + n * rows.size + m * kBlock;
-        Unit::multiply(left + m * depth, panels + n * depth, c, std::min(kBlock, b_.m - rows.first - m), depth,
-                       first > 0);
+        float* const c = sums + n * step + m * kBlock;
+        const std::int64_t num_rows = std::min(kBlock, b_.m - rows.first - m);
+        Unit::multiply(BlockTerms<Number>{left + m * depth, panels + n * depth, c, num_rows, depth, first > 0});
         if (is_last) finish_(rows.first + m, columns.first + n, c);
       }
   }

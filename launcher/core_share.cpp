@@ -1,6 +1,7 @@
 #include "launcher/core_share.hpp"
 
 #include <algorithm>
+#include <cctype>
 #include <cstdlib>
 #include <fstream>
 #include <set>
@@ -39,12 +40,26 @@ std::size_t count_cores(const std::vector<Cpu>& cpus) {
   return cores.size();
 }
 
-// Open MPI forwards what the user has said of mapping and binding; each of these decides where ranks run.
+// Open MPI forwards what the user has said of binding; each of these decides where ranks run.
 bool has_own_binding() {
-  for (const char* name : {"OMPI_MCA_hwloc_base_binding_policy", "OMPI_MCA_hwloc_base_cpu_set", "OMPI_MCA_hwloc_base_cpu_list",
-                           "OMPI_MCA_rmaps_base_mapping_policy", "OMPI_MCA_rmaps_rank_file_path"})
-    if (std::getenv(name) != nullptr) return true;
-  return false;
+  for (const char* name : {"hwloc_base_binding_policy", "hwloc_base_bind_to_core", "hwloc_base_bind_to_socket",
+                           "hwloc_base_cpu_set", "hwloc_base_cpu_list", "hwloc_base_slot_list", "rmaps_rank_file_path",
+                           "orte_rankfile", "rmaps_base_cpus_per_rank", "rmaps_base_cpus_per_proc"})
+    if (std::getenv((std::string("OMPI_MCA_") + name).c_str()) != nullptr) return true;
+  // A mapping to nodes or slots says nothing of cores; one to smaller things does, and so does a number of cores a
+  // rank.
+  const char* set = std::getenv("OMPI_MCA_rmaps_base_mapping_policy");
+  std::string mapping = set == nullptr ? "" : set;
+  for (char& c : mapping) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  const std::string object = mapping.substr(0, mapping.find(':'));
+  const bool is_coarse = object.empty() || object == "node" || object == "slot";
+  return !is_coarse || mapping.find("pe=") != std::string::npos;
+}
+
+bool is_within_core(const std::vector<Cpu>& cpus, const std::vector<int>& core) {
+  return !cpus.empty() && std::all_of(cpus.begin(), cpus.end(), [&](const Cpu& cpu) {
+    return std::find(core.begin(), core.end(), cpu.number) != core.end();
+  });
 }
 
 }  // namespace
@@ -65,13 +80,17 @@ std::vector<int> share_of_cores(std::vector<Cpu> cpus, int place, int num_places
 }
 
 void widen_default_binding() {
-  const char* place = std::getenv("OMPI_COMM_WORLD_LOCAL_RANK");
-  const char* places = std::getenv("OMPI_COMM_WORLD_LOCAL_SIZE");
-  if (std::getenv("OMPI_MCA_orte_bound_at_launch") == nullptr || place == nullptr || places == nullptr || has_own_binding()) return;
-  // More than two ranks have a socket each, or share one: that is fine.
-  if (count_cores(cpus_of(0)) != 1) return;
+  const char* rank = std::getenv("OMPI_COMM_WORLD_LOCAL_RANK");
+  const char* ranks = std::getenv("OMPI_COMM_WORLD_LOCAL_SIZE");
+  const bool is_bound = std::getenv("OMPI_MCA_orte_bound_at_launch") != nullptr;
+  if (!is_bound || rank == nullptr || ranks == nullptr || has_own_binding()) return;
   // The launcher's daemon on this machine may use what the job may. A script between it and this program is bound itself.
-  const std::vector<int> share = share_of_cores(cpus_of(::getppid()), std::atoi(place), std::atoi(places));
+  const std::vector<Cpu> cpus = cpus_of(::getppid());
+  const int place = std::atoi(rank), num_cores = static_cast<int>(count_cores(cpus));
+  // The default for a job of one or two ranks is core number `place`; anything else is somebody's wish (taskset), or
+  // the NUMA node that a rank of a larger job has.
+  if (!is_within_core(cpus_of(0), share_of_cores(cpus, place, num_cores))) return;
+  const std::vector<int> share = share_of_cores(cpus, place, std::atoi(ranks));
   if (share.empty()) return;
   cpu_set_t mask;
   CPU_ZERO(&mask);

@@ -16,9 +16,9 @@ struct Cpu {
 // all but for one; empty where there are fewer cores than places.
 std::vector<int> share_of_cores(std::vector<Cpu> cpus, int place, int num_places);
 
-// Open MPI binds one or two ranks to a core each unless it is told how, whatever the machine has; a rank of many threads
-// is then many times as slow. Where nobody has asked for that binding, this process gets its share of the launcher's
-// cores instead. Linux; does nothing elsewhere, or when in doubt.
+// Open MPI binds the ranks of a job of one or two to a core each unless it is told how, whatever the machine has; a
+// rank of many threads is then many times as slow. Where nobody has asked for that binding, this process gets its share
+// of the launcher's cores instead. Linux; does nothing when in doubt.
 void widen_default_binding();
 
 }  // namespace shardtune

@@ -58,8 +58,8 @@ void print_failure(const std::string& who, const Failure& failure) {
   [[maybe_unused]] const auto written = ::write(STDERR_FILENO, line.data(), line.size());
 }
 
-// What many ranks run into alike must be said once. Those of one machine claim the word; other machines hear of it by
-// the abort, which ends them while they wait. Rank 0 comes first: its message is the one that people expect.
+// What many ranks run into alike must be said once. Those of one machine claim the message; other machines hear of it
+// by the abort, which ends them while they wait. Rank 0 comes first: its message is the one that people expect.
 std::chrono::milliseconds turn_to_speak(int rank) {
   return std::chrono::milliseconds(rank == 0 ? 0 : std::min(700 + 20 * rank, 10'000));
 }
@@ -72,8 +72,8 @@ int end_job(MpiEnvironment& mpi) {
   }
   remove_stop_handlers();  // another rank's abort reaches this one as SIGTERM
   std::this_thread::sleep_for(turn_to_speak(mpi.rank()));
-  // Whoever claimed the word before aborts the job; should that fail, this rank speaks after all.
-  if (!claim_failure_report(job_directory())) std::this_thread::sleep_for(std::chrono::seconds(10));
+  // Whoever has said the same aborts the job; should that fail, this rank speaks after all.
+  if (!claim_failure_report(job_directory(), failure.text)) std::this_thread::sleep_for(std::chrono::seconds(10));
   print_failure(fmt::format(" [rank {} on {}]", mpi.rank(), mpi.host()), failure);
   mpi.abort(failure.code);
 }

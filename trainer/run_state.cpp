@@ -16,6 +16,7 @@
 #include "core/log.hpp"
 #include "distributed/comm/exchange.hpp"
 #include "kernels/instruction_set.hpp"
+#include "kernels/matrix_product.hpp"
 #include "trainer/optimizer.hpp"
 
 namespace shardtune {
@@ -137,6 +138,7 @@ nlohmann::json describe_environment(const RunOptions& options, const std::string
   return {{"torch", TORCH_VERSION},
           {"cpu", at::get_cpu_capability()},
           {"kernels", name_of(instruction_set())},
+          {"fp32_products", has_own_fp32_products() ? "own" : "library"},
           {"threads_per_rank", at::get_num_threads()},
           {"bf16", options.train.bf16},
           {"fp16", options.train.fp16},
@@ -151,8 +153,8 @@ std::vector<std::string> environment_differences(const nlohmann::json& first, co
   for (const auto& [key, value] : second.items()) {
     if (key == "kernels" && second.at("bf16") == false) continue;
     // Checkpoints of before there was a choice do not name it.
-    const nlohmann::json before =
-        first.contains(key) ? first.at(key) : nlohmann::json(key == "reduction" ? "tree" : "?");
+    const char* const unnamed = key == "reduction" ? "tree" : key == "fp32_products" ? "library" : "?";
+    const nlohmann::json before = first.contains(key) ? first.at(key) : nlohmann::json(unnamed);
     if (before != value)
       differences.push_back(
           fmt::format("{}: {} {}, {} {}", key, before.dump(), words.first, value.dump(), words.second));

@@ -10,19 +10,20 @@ namespace shardtune {
 namespace {
 namespace fs = std::filesystem;
 
-TEST(FailureReport, TheFirstOfAJobClaimsIt) {
+TEST(FailureReport, TheFirstOfAJobClaimsAMessage) {
   const fs::path job = testing_support::fresh_directory("failure_report");
-  EXPECT_TRUE(claim_failure_report(job));
-  EXPECT_FALSE(claim_failure_report(job));
-  EXPECT_FALSE(claim_failure_report(job));
+  EXPECT_TRUE(claim_failure_report(job, "disk full"));
+  EXPECT_FALSE(claim_failure_report(job, "disk full"));
+  EXPECT_TRUE(claim_failure_report(job, "no such file")) << "another failure is not hidden";
+  EXPECT_FALSE(claim_failure_report(job, "disk full"));
   fs::remove_all(job);
 }
 
 TEST(FailureReport, WithoutADirectoryEveryoneSpeaks) {
-  EXPECT_TRUE(claim_failure_report(""));
-  EXPECT_TRUE(claim_failure_report(""));
-  EXPECT_TRUE(claim_failure_report("/nonexistent/job"));
-  EXPECT_TRUE(claim_failure_report("/nonexistent/job"));
+  EXPECT_TRUE(claim_failure_report("", "x"));
+  EXPECT_TRUE(claim_failure_report("", "x"));
+  EXPECT_TRUE(claim_failure_report("/nonexistent/job", "x"));
+  EXPECT_TRUE(claim_failure_report("/nonexistent/job", "x"));
 }
 
 TEST(FailureReport, RanksOfOneJobShareADirectoryThatEndsWithIt) {

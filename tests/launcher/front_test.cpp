@@ -79,14 +79,23 @@ TEST_F(Front, BoundRanksHaveTheirCoresForThemselves) {
 }
 
 TEST_F(Front, OneRankMayUseAllCoresUnlessToldOtherwise) {
-  const std::string status = "grep Cpus_allowed_list /proc/self/status", run = "env -u OMP_NUM_THREADS mpirun -n 1 ";
+  const std::string status = "grep Cpus_allowed_list /proc/self/status",
+                    run = "env -u OMP_NUM_THREADS -u OMPI_MCA_hwloc_base_binding_policy mpirun -n 1 ";
   std::ofstream(folder_ / "libexec" / "shardtune") << "#!/bin/sh\n" + status + "\n";
   const std::string program = (folder_ / "shardtune").string() + " train";
+  if (cores_ > 1) {
+    ASSERT_NE(allowed(run + status), allowed(status)) << "Open MPI's default has changed";
+  }
   EXPECT_EQ(allowed(run + program), allowed(status));
   EXPECT_EQ(allowed(run + program + " --num_threads 1"), allowed(run + status))
       << "one thread stays where Open MPI has put it";
   EXPECT_EQ(allowed(run + "--bind-to core " + program), allowed(run + "--bind-to core " + status));
-  EXPECT_EQ(allowed(run + "--map-by slot " + program), allowed(run + "--map-by slot " + status));
+  EXPECT_EQ(allowed(run + "--map-by slot:pe=1 " + program), allowed(run + "--map-by slot:pe=1 " + status));
+  EXPECT_EQ(allowed(run + "--map-by slot " + program), allowed(status))
+      << "where ranks are says nothing of their cores";
+  if (cores_ > 1) {
+    EXPECT_EQ(allowed(run + "taskset -c 1 " + program), allowed("taskset -c 1 " + status)) << "bound by somebody else";
+  }
 }
 
 TEST_F(Front, AUsersOwnChoiceStays) {

@@ -149,6 +149,17 @@ TEST(Environment, OtherInstructionsOfTheKernelsAreADifferenceInBf16) {
   }
 }
 
+TEST(Environment, OtherFp32ProductsAreADifferenceAndOldCheckpointsHadTheLibrarys) {
+  const auto now = describe_environment(RunOptions(), "tree");
+  auto own = now, library = now, old = now;
+  own["fp32_products"] = "own";
+  library["fp32_products"] = "library";
+  old.erase("fp32_products");
+  EXPECT_EQ(environment_differences(library, own).size(), 1U);
+  EXPECT_EQ(environment_differences(old, own).size(), 1U);
+  EXPECT_TRUE(environment_differences(old, library).empty());
+}
+
 TEST(LoadedModel, ClassesWithoutNamesInTheConfigAreHuggingFacesDefaults) {
   RunOptions options = testing_support::make_tiny_run(testing_support::fresh_directory("unnamed_classes"), testing_support::TinyFamily::bert);
   const auto file = std::filesystem::path(options.model.config_name) / "config.json";
