@@ -75,8 +75,8 @@ bool takes_bf16_products(const at::Tensor& x) {
   return x.scalar_type() == at::kBFloat16 && instruction_set() >= InstructionSet::avx512_bf16;
 }
 
-at::Tensor bf16_gemm(const at::Tensor& left, const RightParts& parts, const at::Tensor& bias) {
-  const RightSide right(parts.parts, parts.dim);
+at::Tensor bf16_gemm(const at::Tensor& left, at::TensorList right_parts, std::int64_t dim, const at::Tensor& bias) {
+  const RightSide right(right_parts, dim);
   at::Tensor out = at::empty({left.size(0), right.columns()}, left.options());
   multiply_into(left, right, bias, out);
   return out;
@@ -87,10 +87,6 @@ at::Tensor bf16_gemm_aligned(const at::Tensor& left, const at::Tensor& right) {
   at::Tensor out = at::empty({m, padded(n)}, left.options()).narrow(1, 0, n);
   multiply_into(left, RightSide(right), {}, out);
   return out;
-}
-
-at::Tensor bf16_gemm(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias) {
-  return bf16_gemm(left, RightParts{right}, bias);
 }
 
 std::pair<at::Tensor, at::Tensor> bf16_gemm_activated(const at::Tensor& left, const at::Tensor& right,

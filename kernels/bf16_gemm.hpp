@@ -15,16 +15,10 @@ namespace shardtune {
 // Whether a tensor is bf16 and instruction_set() has bf16 products.
 bool takes_bf16_products(const at::Tensor& x);
 
-// left [M, K] and right [K, N] bf16, either dimension of each may be the dense one (x, x.t()) -> [M, N] bf16. bias [N]
-// bf16, dense, or undefined: added before the one rounding.
-at::Tensor bf16_gemm(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias = {});
-// The same with `right` in parts along dim 0 or 1, of the same dense dimension; all but the last are multiples of 32
-// long. The bits are those of the whole.
-struct RightParts {
-  at::TensorList parts;
-  std::int64_t dim = 0;
-};
-at::Tensor bf16_gemm(const at::Tensor& left, const RightParts& right, const at::Tensor& bias = {});
+// left [M, K] and right [K, N] bf16, either dimension of each may be the dense one (x, x.t()) -> [M, N] bf16; `right`
+// in parts along `dim`, of the same dense dimension; all but the last are multiples of 32 long. The bits are those of
+// the whole. bias [N] bf16, dense, or undefined: added before the one rounding.
+at::Tensor bf16_gemm(const at::Tensor& left, at::TensorList right_parts, std::int64_t dim, const at::Tensor& bias = {});
 // [M, N] without bias, rows padded to a multiple of 32 numbers: its rows are not next to each other in memory unless N
 // is one. For a large result with an odd N, whose stores would otherwise cross cache lines.
 at::Tensor bf16_gemm_aligned(const at::Tensor& left, const at::Tensor& right);

@@ -68,20 +68,8 @@ fp32::Target target(const at::Tensor& out, float* data, std::int64_t row, std::i
 }  // namespace
 
 bool prefers_fp32_products() {
-#if defined(__x86_64__)
-  static const bool is_faster = [] {
-    __builtin_cpu_init();
-    return best_instruction_set() >= InstructionSet::avx512 && !__builtin_cpu_is("intel");
-  }();
+  static const bool is_faster = best_instruction_set() >= InstructionSet::avx512 && !is_intel_processor();
   return is_faster;
-#else
-  return false;
-#endif
-}
-
-bool takes_fp32_products(const at::Tensor& x) {
-  return x.scalar_type() == at::kFloat && x.is_cpu() && prefers_fp32_products() &&
-         instruction_set() >= InstructionSet::avx512;
 }
 
 at::Tensor fp32_gemm(const at::Tensor& left, at::TensorList right_parts, std::int64_t dim, const at::Tensor& bias) {

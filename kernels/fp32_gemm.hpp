@@ -9,8 +9,6 @@ namespace shardtune {
 // Intel's. There MKL, which is ATen's way, takes vectors of half the width and must be kept to one thread
 // (matrix_product.hpp); on Intel's own processors it is as fast as can be.
 bool prefers_fp32_products();
-// Whether a tensor is fp32 on the CPU, and these products are preferred and within instruction_set().
-bool takes_fp32_products(const at::Tensor& x);
 
 // left [M, K] and right [K, N] fp32, either dimension of each may be the dense one; `right` in parts along `dim`, all
 // but the last of them multiples of 32 long -> [M, N]. bias [N] fp32, dense, or undefined. instruction_set() >= avx512.

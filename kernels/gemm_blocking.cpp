@@ -29,7 +29,7 @@ double unevenness(std::int64_t size) {
 }  // namespace
 
 Blocking::Blocking(std::int64_t m_, std::int64_t n_, std::int64_t k_, const Limits& limits) : m(m_), n(n_), k(k_) {
-  const std::int64_t chunks = std::max<std::int64_t>(1, (k + limits.deepest - 1) / limits.deepest);
+  const std::int64_t chunks = (k + limits.deepest - 1) / limits.deepest;
   chunk = padded((k + chunks - 1) / chunks);
   const bool is_shallow = padded(k) <= kNarrow;
   // A classifier; a weight's gradient.
@@ -53,11 +53,8 @@ Blocking::Blocking(std::int64_t m_, std::int64_t n_, std::int64_t k_, const Limi
     packs_all_depth = false;
   }
   own.block = std::min(own.block, padded(own.size));
-  span = padded(k);
-  if (own.size * kDeep <= k && k > kManyTerms && span * padded(shared.size) > kSpanNumbers) {
-    span = std::max<std::int64_t>(1, kSpanNumbers / padded(shared.size) / chunk) * chunk;
-    packs_all_depth = false;
-  }
+  const bool has_spans = k > kManyTerms && own.size * kDeep <= k;
+  span = has_spans ? std::max<std::int64_t>(1, kSpanNumbers / padded(shared.size) / chunk) * chunk : padded(k);
 }
 
 RightSide::RightSide(at::TensorList parts, std::int64_t dim) : parts_(parts), dim_(dim) {
@@ -83,9 +80,7 @@ void check_product(const at::Tensor& left, const RightSide& right, at::ScalarTyp
 }
 
 void in_parallel(std::int64_t size, const std::function<void(std::int64_t, std::int64_t)>& run) {
-  at::parallel_for(0, size, 1, [&](std::int64_t begin, std::int64_t end) {
-    if (begin < end) run(begin, end);
-  });
+  at::parallel_for(0, size, 1, run);
 }
 
 at::Tensor empty_bytes(std::int64_t bytes) { return at::empty({bytes}, at::kByte); }

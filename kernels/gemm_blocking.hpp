@@ -27,7 +27,6 @@ enum class BlockTasks { rows, columns };
 // One side of a result: its rows or its columns, in blocks of the same size (multiples of 32) but for the last.
 struct Side {
   std::int64_t size, block;
-  std::int64_t num_blocks() const { return (size + block - 1) / block; }
   Range range_at(std::int64_t first) const { return {first, std::min(block, padded(size) - first)}; }
 };
 
@@ -46,7 +45,7 @@ struct Blocking {
   Side own, shared;             // own.block is the most
   bool packs_all_depth = true;  // of a task's own side; else chunk by chunk, for every block of the result anew
 
-  Blocking(std::int64_t m, std::int64_t n, std::int64_t k, const Limits& limits);
+  Blocking(std::int64_t m, std::int64_t n, std::int64_t k, const Limits& limits);  // none of them 0
   std::int64_t depth(std::int64_t first) const { return std::min(chunk, padded(k) - first); }
   bool has_one_span() const { return span >= padded(k); }
 };
@@ -96,7 +95,7 @@ void for_each_block(std::int64_t size, std::int64_t depth, bool is_dense_along_r
   }
 }
 
-// run(begin, end) for parts of 0 to size, none of them empty, on this process's threads.
+// at::parallel_for from 0 to size: run(begin, end), never for nothing.
 void in_parallel(std::int64_t size, const std::function<void(std::int64_t, std::int64_t)>& run);
 
 at::Tensor empty_bytes(std::int64_t bytes);  // uninitialised, on a 64-byte boundary

@@ -69,6 +69,14 @@ InstructionSet instruction_set() {
 
 const char* name_of(InstructionSet set) { return kNames[static_cast<std::size_t>(set)].first.data(); }
 
+bool is_intel_processor() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel") != 0;
+#else
+  return false;
+#endif
+}
+
 HalfPrecision half_precision() {
   HalfPrecision has;
 #if defined(__x86_64__)

@@ -19,6 +19,9 @@ InstructionSet choose_instruction_set(const char* requested);
 InstructionSet instruction_set();
 const char* name_of(InstructionSet set);
 
+// Intel's own libraries take their best instructions on Intel's processors alone.
+bool is_intel_processor();
+
 // Whether this processor has arithmetic of its own for a 16-bit type. Where it has not, matrix products of that type
 // are emulated, several times slower than in fp32.
 struct HalfPrecision {

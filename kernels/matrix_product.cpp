@@ -12,6 +12,7 @@
 #include "kernels/bf16_gemm.hpp"
 #include "kernels/block_size.hpp"
 #include "kernels/fp32_gemm.hpp"
+#include "kernels/instruction_set.hpp"
 
 // MKL's own (mkl_service.h, which LibTorch does not bring along); absent from a LibTorch without MKL.
 extern "C" int MKL_Set_Num_Threads_Local(int num_threads) __attribute__((weak));
@@ -73,6 +74,14 @@ void for_each_block(const at::Tensor& left, const at::Tensor& right, const at::T
   });
 }
 
+bool takes_fp32_products(const at::Tensor& left) {
+  return left.scalar_type() == at::kFloat && left.is_cpu() && has_own_fp32_products();
+}
+bool has_own_product(const at::Tensor& left) { return takes_bf16_products(left) || takes_fp32_products(left); }
+at::Tensor own_product(const at::Tensor& left, at::TensorList right_parts, std::int64_t dim, const at::Tensor& bias) {
+  return takes_bf16_products(left) ? bf16_gemm(left, right_parts, dim, bias) : fp32_gemm(left, right_parts, dim, bias);
+}
+
 // Of parts [K, N] along `dim`, in their order in memory: which side is dense decides how some libraries sum.
 at::Tensor joined(at::TensorList parts, std::int64_t dim) {
   if (parts[0].stride(1) == 1) return at::cat(parts, dim);
@@ -83,11 +92,10 @@ at::Tensor joined(at::TensorList parts, std::int64_t dim) {
 
 }  // namespace
 
-bool has_own_fp32_products() { return takes_fp32_products(at::empty({0})); }
+bool has_own_fp32_products() { return prefers_fp32_products() && instruction_set() >= InstructionSet::avx512; }
 
 at::Tensor matrix_product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias) {
-  if (takes_bf16_products(left)) return bf16_gemm(left, right, bias);
-  if (takes_fp32_products(left)) return fp32_gemm(left, right, 0, bias);
+  if (has_own_product(left)) return own_product(left, right, 0, bias);
   if (keeps_order_of_sums(left)) return bias.defined() ? at::addmm(bias, left, right) : at::mm(left, right);
   at::Tensor result = at::empty({left.size(0), right.size(1)}, left.options());
   for_each_block(left, right, result, [&](Operands block) {
@@ -107,8 +115,7 @@ at::Tensor matrix_product(const at::Tensor& left, at::TensorList right_parts, st
   const bool is_cut_at_blocks = std::all_of(all_but_last.begin(), all_but_last.end(), [dim](const at::Tensor& part) {
     return part.size(dim) % packed::kBlock == 0;
   });
-  if (takes_bf16_products(left) && is_cut_at_blocks) return bf16_gemm(left, RightParts{right_parts, dim}, bias);
-  if (takes_fp32_products(left) && is_cut_at_blocks) return fp32_gemm(left, right_parts, dim, bias);
+  if (has_own_product(left) && is_cut_at_blocks) return own_product(left, right_parts, dim, bias);
   return matrix_product(left, joined(right_parts, dim), bias);
 }
 

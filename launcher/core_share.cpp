@@ -4,9 +4,7 @@
 #include <cctype>
 #include <cstdlib>
 #include <fstream>
-#include <set>
 #include <string>
-#include <utility>
 
 #include <sched.h>
 #include <unistd.h>
@@ -34,10 +32,15 @@ std::vector<Cpu> cpus_of(pid_t process) {
   return cpus;
 }
 
-std::size_t count_cores(const std::vector<Cpu>& cpus) {
-  std::set<std::pair<int, int>> cores;
-  for (const Cpu& cpu : cpus) cores.emplace(cpu.package, cpu.core);
-  return cores.size();
+// The numbers of each core's CPUs, neighbours next to each other.
+std::vector<std::vector<int>> cores_of(std::vector<Cpu> cpus) {
+  std::sort(cpus.begin(), cpus.end());
+  std::vector<std::vector<int>> cores;
+  for (std::size_t i = 0; i < cpus.size(); ++i) {
+    if (i == 0 || cpus[i].package != cpus[i - 1].package || cpus[i].core != cpus[i - 1].core) cores.emplace_back();
+    cores.back().push_back(cpus[i].number);
+  }
+  return cores;
 }
 
 // Open MPI forwards what the user has said of binding; each of these decides where ranks run.
@@ -64,18 +67,15 @@ bool is_within_core(const std::vector<Cpu>& cpus, const std::vector<int>& core) 
 
 }  // namespace
 
-std::vector<int> share_of_cores(std::vector<Cpu> cpus, int place, int num_places) {
-  std::sort(cpus.begin(), cpus.end());
-  std::vector<std::vector<int>> cores;
-  for (std::size_t i = 0; i < cpus.size(); ++i) {
-    if (i == 0 || cpus[i].package != cpus[i - 1].package || cpus[i].core != cpus[i - 1].core) cores.emplace_back();
-    cores.back().push_back(cpus[i].number);
-  }
+std::vector<int> share_of_cores(const std::vector<Cpu>& cpus, int place, int num_places) {
+  const auto cores = cores_of(cpus);
   const int num_cores = static_cast<int>(cores.size());
   std::vector<int> share;
   if (place < 0 || place >= num_places || num_cores < num_places) return share;
-  for (int core = place * num_cores / num_places; core < (place + 1) * num_cores / num_places; ++core)
-    share.insert(share.end(), cores[static_cast<std::size_t>(core)].begin(), cores[static_cast<std::size_t>(core)].end());
+  for (int core = place * num_cores / num_places; core < (place + 1) * num_cores / num_places; ++core) {
+    const std::vector<int>& threads = cores[static_cast<std::size_t>(core)];
+    share.insert(share.end(), threads.begin(), threads.end());
+  }
   return share;
 }
 
@@ -86,7 +86,7 @@ void widen_default_binding() {
   if (!is_bound || rank == nullptr || ranks == nullptr || has_own_binding()) return;
   // The launcher's daemon on this machine may use what the job may. A script between it and this program is bound itself.
   const std::vector<Cpu> cpus = cpus_of(::getppid());
-  const int place = std::atoi(rank), num_cores = static_cast<int>(count_cores(cpus));
+  const int place = std::atoi(rank), num_cores = static_cast<int>(cores_of(cpus).size());
   // The default for a job of one or two ranks is core number `place`; anything else is somebody's wish (taskset), or
   // the NUMA node that a rank of a larger job has.
   if (!is_within_core(cpus_of(0), share_of_cores(cpus, place, num_cores))) return;

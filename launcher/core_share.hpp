@@ -14,7 +14,7 @@ struct Cpu {
 
 // The numbers of the CPUs of rank `place` of `num_places`: whole cores, neighbours together, the same number of cores for
 // all but for one; empty where there are fewer cores than places.
-std::vector<int> share_of_cores(std::vector<Cpu> cpus, int place, int num_places);
+std::vector<int> share_of_cores(const std::vector<Cpu>& cpus, int place, int num_places);
 
 // Open MPI binds the ranks of a job of one or two to a core each unless it is told how, whatever the machine has; a
 // rank of many threads is then many times as slow. Where nobody has asked for that binding, this process gets its share

@@ -15,6 +15,7 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include "kernels/instruction_set.hpp"
 #include "tests/support/tiny_run.hpp"
 #include "tests/trainer/thread_run.hpp"
 
@@ -158,13 +159,7 @@ TEST(SameBits, OneMicroBatch) {
 
 // Without MKL's strict mode, which on Intel's processors the program asks for itself and this process does not
 // (kernels/matrix_product.hpp). Elsewhere any mode would make MKL take other instructions than without.
-const char* without_strict_mode() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_is("intel")) return "MKL_CBWR=AUTO";
-#endif
-  return "";
-}
+const char* without_strict_mode() { return is_intel_processor() ? "MKL_CBWR=AUTO" : ""; }
 
 // The program under mpirun takes the same decisions as thread ranks: a covering subset of the above.
 TEST(SameBits, UnderMpirun) {
