@@ -10,6 +10,7 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include "core/huge_pages.hpp"
 #include "launcher/core_share.hpp"
 
 namespace {
@@ -72,6 +73,7 @@ void ask_for_huge_pages() {
   if (tunables.find("glibc.malloc.hugetlb") != std::string::npos) return;
   if (!tunables.empty()) tunables += ':';
   ::setenv("GLIBC_TUNABLES", (tunables + "glibc.malloc.hugetlb=1").c_str(), 1);
+  if (shardtune::is_free_memory_returned()) shardtune::postpone_huge_pages();
 }
 
 // The sums of MKL's fp32 products, where long ones are shared among threads, depend on how many there are, and so on

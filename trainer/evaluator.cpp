@@ -7,6 +7,7 @@
 #include <ATen/ATen.h>
 
 #include "core/error.hpp"
+#include "core/huge_pages.hpp"
 #include "data/loader.hpp"
 #include "distributed/comm/exchange.hpp"
 #include "trainer/metrics.hpp"
@@ -78,6 +79,7 @@ void run_inference(const InferenceSetup& setup, const Dataset& dataset, const Ba
   const int num_ranks = setup.world.size(), rank = setup.world.rank();
   const EvaluationScope scope(setup.engine);
   for (std::int64_t first = 0; first < num_batches; first += num_ranks) {
+    if (first > 0) adopt_huge_pages();  // for more than one round; nothing to do after a step of training
     const std::int64_t mine = first + rank;
     const bool is_real = mine < num_batches;
     std::string text;

@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include "core/error.hpp"
+#include "core/huge_pages.hpp"
 #include "core/log.hpp"
 #include "core/memory.hpp"
 #include "distributed/parallel/gradient_norm.hpp"
@@ -44,6 +45,7 @@ TrainOutcome Trainer::run_steps() {
       if (!parts_.saver.has_failed()) log::info("stopped by a signal after step {} with a committed checkpoint", state_.step);
       return TrainOutcome::stopped_by_signal;
     }
+    if (state_.step == first_step_ + 1) adopt_huge_pages();  // now the optimizer has its state
     after_step(train_step(parts_.loader.next()));
   }
   parts_.saver.finish();
