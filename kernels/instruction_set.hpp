@@ -19,6 +19,9 @@ InstructionSet choose_instruction_set(const char* requested);
 InstructionSet instruction_set();
 const char* name_of(InstructionSet set);
 
+// Raised whenever an operator's bits change on any processor: a run that goes on with other kernels is told so.
+inline constexpr int kKernelRevision = 2;
+
 // Intel's own libraries take their best instructions on Intel's processors alone.
 bool is_intel_processor();
 

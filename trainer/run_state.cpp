@@ -138,6 +138,7 @@ nlohmann::json describe_environment(const RunOptions& options, const std::string
   return {{"torch", TORCH_VERSION},
           {"cpu", at::get_cpu_capability()},
           {"kernels", name_of(instruction_set())},
+          {"kernel_revision", kKernelRevision},
           {"fp32_products", has_own_fp32_products() ? "own" : "library"},
           {"threads_per_rank", at::get_num_threads()},
           {"bf16", options.train.bf16},
@@ -153,8 +154,8 @@ std::vector<std::string> environment_differences(const nlohmann::json& first, co
   for (const auto& [key, value] : second.items()) {
     if (key == "kernels" && second.at("bf16") == false) continue;
     // Checkpoints of before there was a choice do not name it.
-    const char* const unnamed = key == "reduction" ? "tree" : key == "fp32_products" ? "library" : "?";
-    const nlohmann::json before = first.contains(key) ? first.at(key) : nlohmann::json(unnamed);
+    static const nlohmann::json unnamed = {{"reduction", "tree"}, {"fp32_products", "library"}, {"kernel_revision", 1}};
+    const nlohmann::json before = first.contains(key) ? first.at(key) : unnamed.value(key, nlohmann::json("?"));
     if (before != value)
       differences.push_back(
           fmt::format("{}: {} {}, {} {}", key, before.dump(), words.first, value.dump(), words.second));

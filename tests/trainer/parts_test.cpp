@@ -160,6 +160,15 @@ TEST(Environment, OtherFp32ProductsAreADifferenceAndOldCheckpointsHadTheLibrarys
   EXPECT_TRUE(environment_differences(old, library).empty());
 }
 
+TEST(Environment, KernelsWithOtherBitsAreADifference) {
+  const auto now = describe_environment(RunOptions(), "tree");
+  auto old = now;
+  old.erase("kernel_revision");
+  const auto differences = environment_differences(old, now);
+  ASSERT_EQ(differences.size(), 1U);
+  EXPECT_EQ(differences.front(), fmt::format("kernel_revision: 1 before, {} now", kKernelRevision));
+}
+
 TEST(LoadedModel, ClassesWithoutNamesInTheConfigAreHuggingFacesDefaults) {
   RunOptions options = testing_support::make_tiny_run(testing_support::fresh_directory("unnamed_classes"), testing_support::TinyFamily::bert);
   const auto file = std::filesystem::path(options.model.config_name) / "config.json";
