@@ -108,8 +108,8 @@ struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
                             const at::Tensor& k_tracked, const at::Tensor& v_tracked,
                             const std::optional<at::Tensor>& bias_tracked,
                             const c10::intrusive_ptr<OptionsHolder>& holder) {
-    // at::matmul folds batches differently when an operand requires a gradient, and then rounds differently: the forward
-    // pass of recomputation, which runs without a graph, would have other bits.
+    // ATen's operators may go another way, with other roundings, when an operand requires a gradient: the forward pass
+    // of recomputation, which runs without a graph, would have other bits.
     const at::Tensor q = q_tracked.detach(), k = k_tracked.detach(), v = v_tracked.detach();
     AttentionOptions options = holder->options;
     if (bias_tracked.has_value()) options.relative_bias = bias_tracked->detach();

@@ -41,8 +41,8 @@ struct AttentionOptions {
 // Saves q, k, v, the bias, one fp32 number per (token, head), and for flash attention and bf16 the output.
 // Error{internal} for shapes, window, cap or bias that break the contract. The dropout mask of (token t of the row,
 // head h, key j of the segment) is element j of row t * 2^16 + h (see dropout.hpp). The bits do not depend on the
-// number of threads for bf16 products and short segments; for longer ones, where the matrix products are ATen's, they
-// may.
+// number of threads; those of flash attention are ATen's and MKL's affair, on processors that are not Intel's they do
+// not either.
 at::Tensor varlen_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                             const AttentionOptions& options);
 // Any floating dtype; computed in that dtype by plain operations, differentiable by autograd.

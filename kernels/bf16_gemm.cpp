@@ -72,7 +72,7 @@ void multiply_into(const at::Tensor& left, const RightSide& right, const at::Ten
 }  // namespace
 
 bool takes_bf16_products(const at::Tensor& x) {
-  return x.scalar_type() == at::kBFloat16 && instruction_set() >= InstructionSet::avx512_bf16;
+  return x.is_cpu() && x.scalar_type() == at::kBFloat16 && instruction_set() >= InstructionSet::avx512_bf16;
 }
 
 at::Tensor bf16_gemm(const at::Tensor& left, at::TensorList right_parts, std::int64_t dim, const at::Tensor& bias) {

@@ -8,6 +8,7 @@
 #include <ATen/Parallel.h>
 
 #include "kernels/attention_hooks.hpp"
+#include "kernels/matrix_product.hpp"
 
 namespace shardtune {
 namespace {
@@ -30,10 +31,14 @@ struct Block {
         .slice(0, row_begin, row_end)
         .transpose(0, 1);
   }
-  // [T, K, D] -> [1, keys, D], a view that broadcasts over the query heads
-  at::Tensor keys_of(const at::Tensor& k) const {
-    return k.slice(1, kv_head, kv_head + 1).slice(0, key_begin, key_end).transpose(0, 1);
-  }
+  // [T, K, D] -> [keys, D], a view
+  at::Tensor keys_of(const at::Tensor& k) const { return k.select(1, kv_head).slice(0, key_begin, key_end); }
+  // Operands of products in fp32: all rows of all heads under each other, [heads_per_kv * rows, D], and the keys.
+  at::Tensor all_rows_of(const at::Tensor& q) const { return rows_of(q).to(at::kFloat).reshape({-1, q.size(2)}); }
+  at::Tensor wide_keys_of(const at::Tensor& k) const { return keys_of(k).to(at::kFloat); }
+  // [heads_per_kv, rows, n] -> [heads_per_kv * rows, n] and back
+  static at::Tensor flat(const at::Tensor& by_head) { return by_head.view({-1, by_head.size(2)}); }
+  at::Tensor by_head(const at::Tensor& all) const { return all.view({heads_per_kv, rows(), all.size(1)}); }
 };
 
 std::int64_t rows_of_block(const Reach& reach, std::int64_t length, std::int64_t heads_per_kv) {
@@ -77,9 +82,10 @@ at::Tensor bias_of(const Block& block, const at::Tensor& table) {
       .flip(1);
 }
 
+// queries [heads_per_kv * rows, D], keys [keys, D]
 Probabilities probabilities(const at::Tensor& queries, const at::Tensor& keys, const Block& block,
                             const AttentionOptions& options) {
-  at::Tensor scores = at::matmul(queries, keys.transpose(1, 2)).mul_(options.scale), slope;
+  at::Tensor scores = block.by_head(matrix_product(queries, keys.t()).mul_(options.scale)), slope;
   if (options.soft_cap > 0) {
     scores.div_(options.soft_cap).tanh_();
     slope = 1 - scores * scores;
@@ -130,22 +136,22 @@ void add_diagonals(const Block& block, const at::Tensor& d_scores, at::Tensor& s
 // Adds to wide_dk and wide_dv: a key belongs to several blocks of query rows.
 void differentiate(const Block& block, const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k,
                    const at::Tensor& v, const AttentionOptions& options, const AttentionGradients& into) {
-  const at::Tensor queries = block.rows_of(q).to(at::kFloat), d_out = block.rows_of(grad).to(at::kFloat);
-  const at::Tensor keys = block.keys_of(k).to(at::kFloat), values = block.keys_of(v).to(at::kFloat);
+  const at::Tensor queries = block.all_rows_of(q), d_out = block.all_rows_of(grad);
+  const at::Tensor keys = block.wide_keys_of(k), values = block.wide_keys_of(v);
   const auto [p, slope] = probabilities(queries, keys, block, options);
-  at::Tensor ds = at::matmul(d_out, values.transpose(1, 2)), kept = p;
+  at::Tensor ds = block.by_head(matrix_product(d_out, values.t())), kept = p;
   if (options.dropout.is_active()) {
     const at::Tensor mask = dropout_mask(block, options.dropout);
     ds.mul_(mask);
     kept = p * mask;
   }
-  block.keys_of(into.v).add_(at::matmul(kept.transpose(1, 2), d_out).sum(0, true));
+  block.keys_of(into.v).add_(matrix_product(Block::flat(kept).t(), d_out));
   ds.sub_((ds * p).sum(-1, true)).mul_(p);
   if (into.diagonal_sums != nullptr) add_diagonals(block, ds, *into.diagonal_sums);
   if (slope.defined()) ds.mul_(slope);
   ds.mul_(options.scale);
-  block.keys_of(into.k).add_(at::matmul(ds.transpose(1, 2), queries).sum(0, true));
-  block.rows_of(into.q).copy_(at::matmul(ds, keys));
+  block.keys_of(into.k).add_(matrix_product(Block::flat(ds).t(), queries));
+  block.rows_of(into.q).copy_(block.by_head(matrix_product(Block::flat(ds), keys)));
 }
 
 }  // namespace
@@ -157,9 +163,9 @@ bool takes_blocks(const AttentionOptions& options, std::int64_t length) {
 void blocked_attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                const AttentionOptions& options, at::Tensor& out) {
   for_each_block(q, k, options, [&](const Block& block) {
-    at::Tensor p = probabilities(block.rows_of(q).to(at::kFloat), block.keys_of(k).to(at::kFloat), block, options).p;
+    at::Tensor p = probabilities(block.all_rows_of(q), block.wide_keys_of(k), block, options).p;
     if (options.dropout.is_active()) p.mul_(dropout_mask(block, options.dropout));
-    block.rows_of(out).copy_(at::matmul(p, block.keys_of(v).to(at::kFloat)));
+    block.rows_of(out).copy_(block.by_head(matrix_product(Block::flat(p), block.wide_keys_of(v))));
   });
 }
 

@@ -15,7 +15,7 @@ constexpr double kUneven = 1.02;  // less is not worth another way
 constexpr std::int64_t kSmall = 4 << 20;
 // The gradient of a classifier's input sums over its many classes: packing all of the weights would take their memory again,
 // while the sums of the whole result are few.
-constexpr std::int64_t kDeep = 8, kManyTerms = 16 * 1024, kSpanNumbers = 256 * 1024;
+constexpr std::int64_t kDeep = 8, kManyTerms = 16 * 1024, kSpanNumbers = 256 * 1024, kFewSums = 16 << 20;
 
 // Of the other dimension of a block whose sums stay in the cache.
 std::int64_t beside(std::int64_t size) { return std::clamp<std::int64_t>(kSums / size / kBlock * kBlock, 64, 512); }
@@ -53,7 +53,7 @@ Blocking::Blocking(std::int64_t m_, std::int64_t n_, std::int64_t k_, const Limi
     packs_all_depth = false;
   }
   own.block = std::min(own.block, padded(own.size));
-  const bool has_spans = k > kManyTerms && own.size * kDeep <= k;
+  const bool has_spans = k > kManyTerms && own.size * kDeep <= k && padded(m) * padded(n) <= kFewSums;
   span = has_spans ? std::max<std::int64_t>(1, kSpanNumbers / padded(shared.size) / chunk) * chunk : padded(k);
 }
 

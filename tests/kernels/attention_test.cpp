@@ -9,6 +9,7 @@
 #include <gtest/gtest.h>
 
 #include "core/error.hpp"
+#include "kernels/instruction_set.hpp"
 #include "tests/kernels/attention_support.hpp"
 #include "tests/kernels/support.hpp"
 
@@ -26,6 +27,8 @@ std::vector<AttentionCase> shapes() {
           {.offsets = {0, 31, 95}, .heads = 1, .kv_heads = 1, .head_size = 80},
           {.offsets = {0, 40}, .heads = 1, .kv_heads = 1, .head_size = 256},
           {.offsets = {0, 256, 513}, .heads = 2, .kv_heads = 1, .head_size = 16},
+          {.offsets = {0, 290}, .heads = 2, .kv_heads = 1, .head_size = 256},
+          {.offsets = {0, 300}, .heads = 3, .kv_heads = 3, .head_size = 96},
           {.offsets = {0, 701}, .heads = 2, .kv_heads = 2, .head_size = 16}};
 }
 
@@ -125,21 +128,24 @@ TEST(Attention, NoTensorOfTokensTimesTokensExists) {
   }
 }
 
-TEST(Attention, ThreadCountChangesNoBitOfShortSegmentsAndRepetitionNone) {
-  for (const double dropout : {0.0, 0.1})
-    for (const at::ScalarType dtype : kDtypes) {
-      AttentionCase c{{0, 3, 150, 250}, 6, 2, 32, true, dropout, dtype};
-      const auto compute = [&] {
-        const AttentionRun r = run(c, AttentionInputs(c));
-        return std::vector<at::Tensor>{r.out, r.dq, r.dk, r.dv};
-      };
-      expect_same_bits_for_any_thread_count(compute, c.text());
-      c.offsets = {0, 3, 500};
-      if (dtype == at::kBFloat16 && has_bf16_products())
-        expect_same_bits_for_any_thread_count(compute, c.text());
-      else
-        expect_same_bits_when_repeated(compute, c.text());
-    }
+TEST(Attention, TheNumberOfThreadsDoesNotChangeABit) {
+  for (const std::vector<std::int64_t>& offsets :
+       std::vector<std::vector<std::int64_t>>{{0, 3, 150, 250}, {0, 3, 500}, {0, 1100}})
+    for (const double dropout : {0.0, 0.1})
+      for (const at::ScalarType dtype : kDtypes) {
+        const AttentionCase c{offsets, 6, 2, 32, true, dropout, dtype};
+        const auto compute = [&] {
+          const AttentionRun r = run(c, AttentionInputs(c));
+          return std::vector<at::Tensor>{r.out, r.dq, r.dk, r.dv};
+        };
+        // MKL's order of sums within flash attention is ATen's affair.
+        const bool is_flash = dropout == 0 && c.longest() > 256 && !(dtype == at::kBFloat16 && has_bf16_products());
+        if (is_flash && is_intel_processor()) {
+          expect_same_bits_when_repeated(compute, c.text());
+        } else {
+          expect_same_bits_for_any_thread_count(compute, c.text());
+        }
+      }
 }
 
 TEST(Attention, RecomputationTakesTheKeptResultAndHasTheSameGradients) {

@@ -95,7 +95,8 @@ TEST(Linear, TheNumberOfThreadsDoesNotChangeABit) {
                              w = leaf(random_tensor(2, {c.out, c.in}, dtype));
             const at::Tensor b = leaf(random_tensor(3, {c.out}, dtype)),
                              y = apply_linear(x, w, c.has_bias ? b : at::Tensor());
-            auto all = gradients(y, random_tensor(4, {c.tokens, c.out}, dtype), {x, w});
+            auto all = gradients(y, random_tensor(4, {c.tokens, c.out}, dtype),
+                                 c.has_bias ? std::vector{x, w, b} : std::vector{x, w});
             all.push_back(y);
             return all;
           },
