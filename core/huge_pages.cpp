@@ -30,9 +30,10 @@ constexpr std::uintptr_t round_up(std::uintptr_t address) { return (address + kH
 bool is_free_memory_returned() {
   constexpr std::size_t kReporting = 5;  // VIRTIO_BALLOON_F_REPORTING
   std::error_code error;
-  for (const auto& device : std::filesystem::directory_iterator("/sys/bus/virtio/drivers/virtio_balloon", error)) {
+  std::filesystem::directory_iterator device("/sys/bus/virtio/drivers/virtio_balloon", error), end;
+  for (; !error && device != end; device.increment(error)) {
     std::string features;  // a digit for each bit, lowest first
-    if (std::ifstream(device.path() / "features") >> features;
+    if (std::ifstream(device->path() / "features") >> features;
         features.size() > kReporting && features[kReporting] == '1')
       return true;
   }
@@ -40,31 +41,36 @@ bool is_free_memory_returned() {
 }
 
 void postpone_huge_pages() {
+  if (::madvise(nullptr, 0, kCollapse) != 0) return;
   // Who has forbidden them altogether keeps that.
   if (::prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) == 0 && ::prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0)
     ::setenv(kPostponed, "1", 1);
 }
 
-void adopt_huge_pages() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    if (std::getenv(kPostponed) == nullptr || ::prctl(PR_SET_THP_DISABLE, 0, 0, 0, 0) != 0) return;
+bool adopt_huge_pages() {
+  static std::once_flag once;  // what it ends belongs to the process
+  bool was_postponed = false;
+  std::call_once(once, [&] {
+    was_postponed = std::getenv(kPostponed) != nullptr && ::prctl(PR_SET_THP_DISABLE, 0, 0, 0, 0) == 0;
+    if (!was_postponed) return;
     std::ifstream maps("/proc/self/maps");
     for (std::string line; std::getline(maps, line);) {
       if (!line.ends_with("[heap]")) continue;
       char* rest = nullptr;
       const std::uintptr_t begin = round_up(std::strtoull(line.c_str(), &rest, 16)),
                            end = std::strtoull(rest + 1, nullptr, 16);
-      if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, kCollapse);
+      // Where the system lacks huge pages the rest stays as it is: slower, and the kernel's own thread goes on.
+      if (begin < end) static_cast<void>(::madvise(reinterpret_cast<void*>(begin), end - begin, kCollapse));
     }
   });
+  return was_postponed;
 }
 
 #else
 
 bool is_free_memory_returned() { return false; }
 void postpone_huge_pages() {}
-void adopt_huge_pages() {}
+bool adopt_huge_pages() { return false; }
 
 #endif
 

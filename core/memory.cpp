@@ -7,6 +7,7 @@
 #include <string>
 
 #include <c10/core/CPUAllocator.h>
+#include <sys/resource.h>
 
 namespace shardtune {
 namespace {
@@ -67,6 +68,12 @@ class CountingAllocator final : public at::Allocator {
 }  // namespace
 
 std::int64_t resident_bytes() { return status_bytes("VmRSS:"); }
+std::int64_t page_faults() {
+  struct rusage usage {};
+  ::getrusage(RUSAGE_SELF, &usage);
+  return usage.ru_minflt + usage.ru_majflt;
+}
+
 std::int64_t peak_resident_bytes() { return status_bytes("VmHWM:"); }
 
 void install_tensor_memory_counter() {

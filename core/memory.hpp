@@ -8,6 +8,10 @@ namespace shardtune {
 std::int64_t resident_bytes();
 std::int64_t peak_resident_bytes();
 
+// Pages that the system has handed to this process for the first time, or again, since it started: each costs a visit
+// to the kernel.
+std::int64_t page_faults();
+
 // Counts every byte that tensors hold: wraps LibTorch's CPU allocator. Call once, from main, before the first tensor.
 void install_tensor_memory_counter();
 std::int64_t tensor_bytes();       // held now; 0 when not installed

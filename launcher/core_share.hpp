@@ -1,5 +1,6 @@
 #pragma once
-// Which cores a rank computes on. Needs libc alone: the front program calls it before anything else is loaded.
+// Which cores a rank computes on. Needs none of the program's libraries: the front program calls it before anything
+// else is loaded.
 #include <compare>
 #include <vector>
 

@@ -1,9 +1,12 @@
 // The program that users start. It settles what libraries read while they are loaded, then becomes the real program
-// (libexec/shardtune beside it). It links nothing but libc, so it costs a millisecond.
+// (libexec/shardtune beside it). It links none of the libraries of that, so it costs a millisecond.
 #include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <string>
 #include <string_view>
 
@@ -18,8 +21,8 @@ namespace {
 // Omni-Path, InfiniPath, InfiniBand and EFA, Slingshot: whatever is not Ethernet or shared memory.
 bool has_fabric() {
   std::error_code error;
-  for (const auto& entry : std::filesystem::directory_iterator("/dev", error)) {
-    const std::string name = entry.path().filename().string();
+  for (std::filesystem::directory_iterator entry("/dev", error), end; !error && entry != end; entry.increment(error)) {
+    const std::string name = entry->path().filename().string();
     for (const char* device : {"hfi1", "ipath", "infiniband", "cxi"})
       if (name.starts_with(device)) return true;
   }
@@ -30,17 +33,49 @@ long number_of(const char* text, long otherwise) {
   return text == nullptr ? otherwise : std::strtol(text, nullptr, 10);
 }
 
-// Threads of each rank that the user has asked for; 0 where the program will share out the cores, so that they fit.
-long wanted_threads(char** argv) {
-  const std::string_view option = "--num_threads";
-  long threads = number_of(std::getenv("OMP_NUM_THREADS"), 0);
-  for (char** argument = argv; *argument != nullptr; ++argument) {
-    const std::string_view text = *argument;
-    if (text == option) threads = number_of(argument[1], threads);
-    if (text.starts_with(option) && text.substr(option.size()).starts_with('='))
-      threads = number_of(*argument + option.size() + 1, threads);
+// Whether `text` begins with the name of the option num_threads, which may be written with dashes.
+bool is_num_threads(std::string_view text) {
+  constexpr std::string_view name = "num_threads";
+  return text.size() >= name.size() && std::equal(name.begin(), name.end(), text.begin(),
+                                                  [](char a, char b) { return a == b || (a == '_' && b == '-'); });
+}
+
+// What a --config file, of lines or JSON, says of it; 0 for nothing. The program reads it properly and refuses what is
+// wrong.
+long threads_of_config(const char* path) {
+  constexpr std::uintmax_t kMostBytes = 1 << 20;  // the program takes no more
+  std::error_code error;
+  // A pipe can be read but once.
+  if (!std::filesystem::is_regular_file(path, error) || std::filesystem::file_size(path, error) > kMostBytes) return 0;
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) {
+    line.resize(std::min(line.find('#'), line.size()));
+    for (std::size_t at = line.find("num"); at != std::string::npos; at = line.find("num", at + 1)) {
+      if (at > 0 && std::string_view(" \t\"'{,").find(line[at - 1]) == std::string_view::npos) continue;
+      const std::size_t value = line.find_first_not_of(" \t\"'=:", at + std::strlen("num_threads"));
+      if (is_num_threads(std::string_view(line).substr(at)) && value != std::string::npos)
+        return number_of(line.c_str() + value, 0);
+    }
   }
-  return threads;
+  return 0;
+}
+
+// Threads of each rank that the user has asked for; 0 where the program will share out the cores, so that they fit. The
+// command line wins over the file, both over the variable.
+long wanted_threads(char** argv) {
+  long given = 0, configured = 0;
+  for (char** argument = argv; *argument != nullptr; ++argument) {
+    std::string_view text = *argument;
+    if (!text.starts_with("--")) continue;
+    text.remove_prefix(2);
+    const std::size_t equals = text.find('=');
+    const char* const value = equals == std::string_view::npos ? argument[1] : *argument + 2 + equals + 1;
+    const std::string_view name = text.substr(0, equals);
+    if (is_num_threads(name) && name.size() == std::strlen("num_threads")) given = number_of(value, given);
+    if (name == "config" && value != nullptr) configured = threads_of_config(value);
+  }
+  if (given > 0) return given;
+  return configured > 0 ? configured : number_of(std::getenv("OMP_NUM_THREADS"), 0);
 }
 
 // How OpenMP threads wait for work. libgomp's default, spinning for milliseconds, takes the core from whoever has work

@@ -79,7 +79,7 @@ int end_job(MpiEnvironment& mpi) {
 }
 
 // Cores this rank may use, divided among the ranks of its host that may use the very same ones.
-int default_threads(Communicator& world, const std::string& host) {
+int fitting_threads(Communicator& world, const std::string& host) {
   cpu_set_t mask;
   CPU_ZERO(&mask);
   if (sched_getaffinity(0, sizeof mask, &mask) != 0) return 1;
@@ -91,12 +91,19 @@ int default_threads(Communicator& world, const std::string& host) {
 }
 
 void set_threads(const Invocation& invocation, Communicator& world, const std::string& host) {
-  const int fitting = default_threads(world, host);
-  int threads = static_cast<int>(invocation.run.train.num_threads);
-  // LibTorch has taken OMP_NUM_THREADS by itself.
-  if (threads == 0 && std::getenv("OMP_NUM_THREADS") != nullptr) return;
-  if (threads == 0) threads = fitting;
-  at::set_num_threads(threads);
+  const int fitting = fitting_threads(world, host), option = static_cast<int>(invocation.run.train.num_threads);
+  // LibTorch takes the variable, too, but no more than MKL thinks fit. A list is of nested regions, which there are
+  // none of.
+  const char* const variable = std::getenv("OMP_NUM_THREADS");
+  const long wanted = option > 0 || variable == nullptr ? option : std::strtol(variable, nullptr, 10);
+  const bool is_given = wanted > 0 && wanted <= CPU_SETSIZE;
+  at::set_num_threads(is_given ? static_cast<int>(wanted) : fitting);
+  if (is_given && wanted > fitting)
+    log::warn(
+        "{} = {}: a rank has {} of its host's cores to itself, so its threads wait for each other; leave it out, or "
+        "start with "
+        "--bind-to none where Open MPI binds ranks to fewer cores than they should have",
+        option > 0 ? "--num_threads" : "OMP_NUM_THREADS", wanted, fitting);
 }
 
 log::Level parse_level(const std::string& name) {
@@ -105,16 +112,31 @@ log::Level parse_level(const std::string& name) {
   return name == "error" ? log::Level::error : log::Level::info;
 }
 
+int run_command(const Invocation& invocation, Communicator& world) {
+  if (invocation.command == "train") return run_train(invocation.run, world);
+  if (invocation.command == "evaluate") return run_evaluate(invocation.run, invocation.inference, world);
+  if (invocation.command == "predict") return run_predict(invocation.run, invocation.inference, world);
+  return run_score(invocation.run, invocation.inference, world);
+}
+
+void log_peak_memory(Communicator& world) {
+  std::vector<std::int64_t> peaks;
+  for (const std::string& peak : all_gather_strings(world, std::to_string(peak_resident_bytes() >> 20)))
+    peaks.push_back(std::stoll(peak));
+  const auto most = std::max_element(peaks.begin(), peaks.end());
+  log::info("peak memory of a rank: {} MiB{}", *most,
+            peaks.size() > 1 ? fmt::format(", on rank {}", most - peaks.begin()) : std::string());
+}
+
 int run_on_ranks(const Invocation& invocation, MpiEnvironment& mpi) {
   log::set_level(parse_level(invocation.run.train.log_level));
   // Only training ends in an orderly way by itself; the signals keep their usual meaning for the rest.
   if (invocation.command == "train") install_stop_handlers();
   const auto world = mpi.world();
   set_threads(invocation, *world, mpi.host());
-  if (invocation.command == "train") return run_train(invocation.run, *world);
-  if (invocation.command == "evaluate") return run_evaluate(invocation.run, invocation.inference, *world);
-  if (invocation.command == "predict") return run_predict(invocation.run, invocation.inference, *world);
-  return run_score(invocation.run, invocation.inference, *world);
+  const int code = run_command(invocation, *world);
+  log_peak_memory(*world);
+  return code;
 }
 
 // The parts that need no other rank.

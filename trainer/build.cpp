@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 
+#include <ATen/Parallel.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
@@ -16,6 +17,7 @@
 #include "distributed/comm/exchange.hpp"
 #include "distributed/parallel/bucket_size.hpp"
 #include "distributed/parallel/sharding_plan.hpp"
+#include "kernels/instruction_set.hpp"
 #include "trainer/checkpointing.hpp"
 #include "trainer/precision_check.hpp"
 #include "trainer/schedule.hpp"
@@ -143,6 +145,7 @@ LoadedModel load_for_inference(const RunOptions& options, Communicator& world) {
   } else {
     initialize_randomly(*loaded.engine, seed);
   }
+  log::info("{} ranks of {} threads, kernels for {}", world.size(), at::get_num_threads(), name_of(instruction_set()));
   return loaded;
 }
 

@@ -281,9 +281,8 @@ bool TrainRun::finish() {
   }
   const fs::path directory = fs::path(options_.train.output_dir) / "model";
   export_model(world_, *engine_, directory, companion_files(*model_, source_));
-  log::info("trained {} steps, mean loss {:.4f}; model in Hugging Face layout: {}; peak memory {} MiB on rank 0", state_.step,
-            state_.step > 0 ? state_.loss_sum / static_cast<double>(state_.step) : 0.0, directory.string(),
-            peak_resident_bytes() >> 20);
+  log::info("trained {} steps, mean loss {:.4f}; model in Hugging Face layout: {}", state_.step,
+            state_.step > 0 ? state_.loss_sum / static_cast<double>(state_.step) : 0.0, directory.string());
   return is_wanted;
 }
 

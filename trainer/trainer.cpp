@@ -45,11 +45,16 @@ TrainOutcome Trainer::run_steps() {
       if (!parts_.saver.has_failed()) log::info("stopped by a signal after step {} with a committed checkpoint", state_.step);
       return TrainOutcome::stopped_by_signal;
     }
-    if (state_.step == first_step_ + 1) adopt_huge_pages();  // now the optimizer has its state
+    if (state_.step == first_step_ + 1) take_huge_pages();  // memory is now used as it will be
     after_step(train_step(parts_.loader.next()));
   }
   parts_.saver.finish();
   return TrainOutcome::finished;
+}
+
+void Trainer::take_huge_pages() {
+  const double start = now_seconds();
+  if (adopt_huge_pages()) log::debug("the heap has huge pages from now on, which took {:.2f} s", now_seconds() - start);
 }
 
 // The control word of the step: what any rank knows, all ranks know before they decide.
@@ -183,13 +188,15 @@ void Trainer::log_memory() {
   const MemoryUse& held = parts_.engine.memory();
   constexpr double kMib = 1048576.0;
   log::all_ranks::warn(
-      "most memory so far, MiB: masters {:.1f}, optimizer {:.1f}, compute copies {:.1f}, gradients {:.1f}, partial sums {:.1f}, "
-      "buffers {:.1f}, activations {:.1f}; all tensors {:.1f}, resident {:.1f}",
+      "most memory so far, MiB: masters {:.1f}, optimizer {:.1f}, compute copies {:.1f}, gradients {:.1f}, partial "
+      "sums {:.1f}, "
+      "buffers {:.1f}, activations {:.1f}; all tensors {:.1f}, resident {:.1f}; {} page faults since the line before",
       static_cast<double>(held.masters.peak()) / kMib, static_cast<double>(parts_.optimizer.state_bytes()) / kMib,
       static_cast<double>(held.compute.peak()) / kMib, static_cast<double>(held.gradients.peak()) / kMib,
-      static_cast<double>(held.partial_sums.peak()) / kMib,
-      static_cast<double>(held.buffers.peak()) / kMib, static_cast<double>(activation_bytes_) / kMib,
-      static_cast<double>(peak_tensor_bytes()) / kMib, static_cast<double>(peak_resident_bytes()) / kMib);
+      static_cast<double>(held.partial_sums.peak()) / kMib, static_cast<double>(held.buffers.peak()) / kMib,
+      static_cast<double>(activation_bytes_) / kMib, static_cast<double>(peak_tensor_bytes()) / kMib,
+      static_cast<double>(peak_resident_bytes()) / kMib, page_faults() - page_faults_);
+  page_faults_ = page_faults();
 }
 
 nlohmann::json Trainer::evaluate_and_publish() {

@@ -74,6 +74,7 @@ class Trainer {
     bool must_stop = false, is_any_saving = false;
   };
   ControlWord share_control_word();
+  void take_huge_pages();
   void save_now(bool is_required);
   void after_step(const StepResult& result);
   void log_step(const StepResult& result);
@@ -89,7 +90,7 @@ class Trainer {
   TrainerSettings settings_;
   RunState& state_;
   std::int64_t first_step_ = 0, saved_step_ = -1;
-  std::int64_t activation_bytes_ = 0;
+  std::int64_t activation_bytes_ = 0, page_faults_ = 0;
   std::int64_t process_tokens_ = 0, process_samples_ = 0;
   double start_seconds_ = 0;
 };

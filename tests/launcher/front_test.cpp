@@ -9,6 +9,7 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include "core/huge_pages.hpp"
 #include "tests/support/tiny_run.hpp"
 
 namespace shardtune {
@@ -70,6 +71,22 @@ TEST_F(Front, ThreadsSpinForAMomentWhereTheyFitTheCores) {
   EXPECT_EQ(waiting("", "--num_threads"), "spin") << "the program will refuse it";
 }
 
+TEST_F(Front, TheNumberOfThreadsMayStandInAConfigurationToo) {
+  const std::string config = (folder_ / "run.cfg").string(), json = (folder_ / "run.json").string();
+  std::ofstream(config) << fmt::format("# num_threads = 1\nnum_train_epochs = 1\n num-threads = \"{}\"\n", cores_ + 1);
+  std::ofstream(json) << fmt::format(R"({{"num_train_epochs": 1, "num_threads": {}}})", cores_ + 1);
+  for (const std::string& file : {config, json}) {
+    EXPECT_EQ(waiting("", "--config " + file), "sleep");
+    EXPECT_EQ(waiting("", "--config=" + file), "sleep");
+    EXPECT_EQ(waiting("", fmt::format("--num_threads {} --config {}", cores_, file)), "spin")
+        << "the command line wins";
+    EXPECT_EQ(waiting("OMP_NUM_THREADS=1", "--config " + file), "sleep") << "so does the file over the variable";
+  }
+  EXPECT_EQ(waiting("", "--config " + (folder_ / "missing").string()), "spin") << "the program will refuse it";
+  EXPECT_EQ(waiting("", fmt::format("--num-threads={}", cores_ + 1)), "sleep") << "dashes are as good";
+  EXPECT_EQ(waiting(fmt::format("OMP_NUM_THREADS={}", cores_ + 1), "--num_threads 0"), "sleep") << "0 is the default";
+}
+
 TEST_F(Front, BoundRanksHaveTheirCoresForThemselves) {
   const long online = ::sysconf(_SC_NPROCESSORS_ONLN);
   const std::string full = fmt::format("OMPI_COMM_WORLD_LOCAL_SIZE={} OMP_NUM_THREADS={}", online / cores_, cores_),
@@ -96,6 +113,17 @@ TEST_F(Front, OneRankMayUseAllCoresUnlessToldOtherwise) {
   if (cores_ > 1) {
     EXPECT_EQ(allowed(run + "taskset -c 1 " + program), allowed("taskset -c 1 " + status)) << "bound by somebody else";
   }
+}
+
+TEST_F(Front, HugePagesComeLaterWhereFreeMemoryIsTheHosts) {
+  const std::string lines = "\n" + testing_support::run_command((folder_ / "shardtune").string() + " train").output;
+  EXPECT_NE(lines.find("glibc.malloc.hugetlb=1"), std::string::npos) << lines;
+  EXPECT_EQ(lines.find("\nSHARDTUNE_HUGE_PAGES_POSTPONED=1\n") != std::string::npos, is_free_memory_returned());
+  const std::string chosen =
+      "\n" + testing_support::run_command(
+                 fmt::format("GLIBC_TUNABLES=glibc.malloc.hugetlb=0 {} train", (folder_ / "shardtune").string()))
+                 .output;
+  EXPECT_EQ(chosen.find("SHARDTUNE_HUGE_PAGES_POSTPONED"), std::string::npos) << "nobody wants them";
 }
 
 TEST_F(Front, AUsersOwnChoiceStays) {
