@@ -19,7 +19,7 @@ Peers (training_cases.py says which a case has and how each is set up; training_
             into one row, and the mask is the square of that: one pack is faster than three. "wrapped" needs no mask and is about
             as fast, but its rows see each other. Gradient checkpointing, TRL's default, is off.
 
-A run goes over the first `steps` x `batch` rows of the case: first the steps that do not count (the first one; those that
+A run goes over the first `steps` x `batch` rows of the case: first the steps that do not count (two; those that
 compile, 3 or, where lengths vary, a whole pass), then each row once. So all sides count the same tokens, those that are not
 padding, which is checked. A step's time is the distance between the lines that both sides print when a step ends. tokens/s are
 those of each step or, where rows differ in length, of the pass. Each repeat runs shardtune and every peer once, in turn; the
@@ -44,7 +44,7 @@ import common
 import floor
 import machine
 import results
-from training_cases import BEST, CASES, KEEP_MEMORY, PEERS, TOKENS, alpaca_text, best_peer, chosen_peers, rates, uncounted_steps
+from training_cases import BEST, CASES, KEEP_MEMORY, PEERS, TOKENS, UNCOUNTED, alpaca_text, best_peer, chosen_peers, rates, uncounted_steps
 
 RATE = 1e-4
 PEER_PROGRAM = pathlib.Path(__file__).with_name("training_peer.py")
@@ -84,7 +84,7 @@ def ours(case, folder, steps):
         data = ["--model_name_or_path", common.MINILM, "--task", "text-classification", "--train_file", common.SST2 / "train.tsv",
                 *common.SST2_ARGUMENTS, "--max_seq_length", 128]
     return [common.BINARY, "train", *data, "--output_dir", folder / "out", "--overwrite_output_dir", "--max_train_samples",
-            steps * case.batch, "--per_device_train_batch_size", case.batch, "--max_steps", steps + 1, "--learning_rate", RATE,
+            steps * case.batch, "--per_device_train_batch_size", case.batch, "--max_steps", steps + UNCOUNTED, "--learning_rate", RATE,
             "--lr_scheduler_type", "constant", "--bf16", str(case.bf16).lower(), "--logging_steps", "1", "--train_sampling_strategy",
             "sequential", "--save_strategy", "no"]
 
@@ -109,8 +109,8 @@ def run_ours(case, folder, steps):
     peaks = machine.peaks_of(os.environ.get("SHARDTUNE_BUILD", pathlib.Path(common.BINARY).parent)) if case.floor is not None else None
     seconds, peak = timed(ours(case, folder, steps))
     rows = [row for row in common.read_rows(folder / "out" / "metrics.jsonl") if "loss" in row]
-    totals = [row["tokens"] for row in rows]
-    return {"seconds": seconds, "peak": peak, "losses": [row["loss"] for row in rows], "peaks": peaks,
+    totals = [row["tokens"] for row in rows][UNCOUNTED - 1:]
+    return {"seconds": seconds[UNCOUNTED - 1:], "peak": peak, "losses": [row["loss"] for row in rows], "peaks": peaks,
             "tokens": [after - before for before, after in zip(totals, totals[1:])]}
 
 

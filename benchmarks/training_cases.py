@@ -53,6 +53,7 @@ class Case:
 
 
 TOKENS = 1024
+UNCOUNTED = 2  # of shardtune: before the second it may take its huge pages; of its peers as many
 GPT2 = {"model_type": "gpt2"}
 LLAMA = {"model_type": "llama", "vocab_size": 50257, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
          "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 1024, "bos_token_id": 50256,
@@ -79,9 +80,9 @@ def chosen_peers(case, wanted):
 
 
 def uncounted_steps(case, peer, steps):
-    """Steps at the start of a run that do not count: the first, which fills caches and memory, and those that compile."""
+    """Steps at the start of a run that do not count: those that fill caches and memory, and those that compile."""
     if not peer.compiles:
-        return 1
+        return UNCOUNTED
     return steps if case.is_varied else 3  # a whole pass meets every length
 
 
