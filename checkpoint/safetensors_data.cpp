@@ -19,6 +19,7 @@ namespace shardtune {
 namespace {
 
 constexpr std::uint64_t kChunkBytes = 8U << 20;  // reads end at multiples of this, so that stripes are read whole
+constexpr std::uint64_t kConvertedBytes = 1U << 20;
 constexpr std::int64_t kLeastNumbers = 64 << 10;  // that a thread reads
 
 struct FloatType {
@@ -35,15 +36,17 @@ FloatType float_type(const SafetensorsEntry& entry) {
                                     entry.file.string(), entry.dtype));
 }
 
-// Reads numbers `begin` to `end` of the file's tensor to `out`.
-void read_numbers(int fd, const SafetensorsEntry& entry, std::int64_t begin, std::int64_t end, float* out) {
-  const FloatType type = float_type(entry);
+// Reads numbers `begin` to `end` of the file's tensor, of `type`, to `out`.
+void read_numbers(int fd, const SafetensorsEntry& entry, FloatType type, std::int64_t begin, std::int64_t end,
+                  float* out) {
   const bool is_direct = type.type == at::kFloat;
   std::uint64_t at = entry.begin + static_cast<std::uint64_t>(begin * type.bytes);
   const std::uint64_t last = entry.begin + static_cast<std::uint64_t>(end * type.bytes);
-  std::vector<char> buffer(is_direct ? 0 : std::min(kChunkBytes, last - at));
+  // What is converted passes through a buffer, which every thread has.
+  const std::uint64_t chunk = is_direct ? kChunkBytes : kConvertedBytes;
+  std::vector<char> buffer(is_direct ? 0 : std::min(chunk, last - at));
   while (at < last) {
-    const std::uint64_t boundary = std::min(last, (at / kChunkBytes + 1) * kChunkBytes);
+    const std::uint64_t boundary = std::min(last, (at / chunk + 1) * chunk);
     const auto num =
         std::max<std::int64_t>(1, static_cast<std::int64_t>(boundary - at) / type.bytes);  // whole elements
     const auto bytes = static_cast<std::uint64_t>(num * type.bytes);
@@ -62,6 +65,7 @@ void read_numbers(int fd, const SafetensorsEntry& entry, std::int64_t begin, std
 void read_safetensors_slice(const SafetensorsEntry& entry, std::int64_t offset, at::Tensor into) {
   check_internal(into.scalar_type() == at::kFloat && into.is_contiguous() && into.device().is_cpu(),
                  "read_safetensors_slice needs a contiguous fp32 tensor on the CPU");
+  const FloatType type = float_type(entry);
   const std::int64_t count = into.numel();
   check_internal(offset >= 0 && count <= entry.numel() - offset, "read_safetensors_slice: slice outside of the tensor");
   if (count == 0) return;
@@ -70,7 +74,7 @@ void read_safetensors_slice(const SafetensorsEntry& entry, std::int64_t offset, 
   // What lies in the page cache costs a core copying and touching new memory, what does not a wait for each read.
   at::parallel_for(0, count, kLeastNumbers, [&](std::int64_t begin, std::int64_t end) {
     const at::NoGradGuard no_grad;  // each thread has a mode of its own
-    read_numbers(fd.get(), entry, offset + begin, offset + end, out + begin);
+    read_numbers(fd.get(), entry, type, offset + begin, offset + end, out + begin);
   });
 }
 

@@ -40,11 +40,11 @@ bool is_free_memory_returned() {
   return false;
 }
 
-void postpone_huge_pages() {
-  if (::madvise(nullptr, 0, kCollapse) != 0) return;
+bool postpone_huge_pages() {
+  if (::madvise(nullptr, 0, kCollapse) != 0) return false;
   // Who has forbidden them altogether keeps that.
-  if (::prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) == 0 && ::prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0)
-    ::setenv(kPostponed, "1", 1);
+  if (::prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) != 0 || ::prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) != 0) return false;
+  return ::setenv(kPostponed, "1", 1) == 0;
 }
 
 bool adopt_huge_pages() {
@@ -69,7 +69,7 @@ bool adopt_huge_pages() {
 #else
 
 bool is_free_memory_returned() { return false; }
-void postpone_huge_pages() {}
+bool postpone_huge_pages() { return false; }
 bool adopt_huge_pages() { return false; }
 
 #endif

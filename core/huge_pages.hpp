@@ -15,7 +15,8 @@ bool is_free_memory_returned();
 
 // From now on this process, and what it becomes by exec, gets small pages, until it calls adopt_huge_pages(). Does
 // nothing where small pages could not be made huge ones later (before Linux 6.1), or huge ones are forbidden anyway.
-void postpone_huge_pages();
+// Whether it has done something.
+bool postpone_huge_pages();
 
 // Ends what postpone_huge_pages() began and makes the heap's small pages huge ones, which copies them: once; for
 // whoever has not postponed nothing. Call it when memory is used as it will be. Whether there was something to do. From

@@ -1,5 +1,5 @@
 #pragma once
-// Private to kernels/: attention of long segments by ATen's matrix products on blocks of query rows, softmax in fp32
+// Private to kernels/: attention of long segments by matrix_product.hpp on blocks of query rows, softmax in fp32
 // over whole rows, made again in backward: for what ATen's flash attention lacks. The matrix products of a block cost
 // O(rows x keys in reach); no tensor is larger than 8 MiB per block, whatever the length. Legend as in attention.hpp.
 #include <cstdint>

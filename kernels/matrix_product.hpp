@@ -1,10 +1,10 @@
 #pragma once
-// The matrix products of every operator but attention. Their bits do not depend on the number of threads: bf16 on a
-// processor with bf16 products by bf16_gemm.hpp, fp32 where they are preferred by fp32_gemm.hpp, or by MKL where it is
-// told to keep the order of its sums (its strict mode, which launcher/front.cpp asks for on Intel's processors).
-// Everything else is cut into blocks by the size of the result alone, and ATen computes each on one thread; were it to
-// share a product among threads, it would cut long sums (K of 1000 and more) by their number. Blocks take up to a
-// quarter longer, most for small products.
+// The matrix products of every operator, but for attention that has kernels of its own. Their bits do not depend on the
+// number of threads: bf16 on a processor with bf16 products by bf16_gemm.hpp, fp32 where they are preferred by
+// fp32_gemm.hpp, or by MKL where it is told to keep the order of its sums (its strict mode, which launcher/front.cpp
+// asks for on Intel's processors). Everything else is cut into blocks by the size of the result alone, and ATen
+// computes each on one thread; were it to share a product among threads, it would cut long sums (K of 1000 and more) by
+// their number. Blocks take up to a quarter longer, most for small products.
 #include <cstdint>
 
 #include <ATen/core/Tensor.h>

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -42,14 +43,16 @@ bool is_num_threads(std::string_view text) {
 
 // What a --config file, of lines or JSON, says of it; 0 for nothing. The program reads it properly and refuses what is
 // wrong.
-long threads_of_config(const char* path) {
+long threads_of_config(const std::filesystem::path& path) {
   constexpr std::uintmax_t kMostBytes = 1 << 20;  // the program takes no more
   std::error_code error;
   // A pipe can be read but once.
   if (!std::filesystem::is_regular_file(path, error) || std::filesystem::file_size(path, error) > kMostBytes) return 0;
+  const bool has_comments = path.extension() != ".json";
   std::ifstream file(path);
   for (std::string line; std::getline(file, line);) {
-    line.resize(std::min(line.find('#'), line.size()));
+    const std::size_t comment = line.starts_with('#') ? 0 : std::min(line.find(" #"), line.find("\t#"));
+    if (has_comments) line.resize(std::min(comment, line.size()));
     for (std::size_t at = line.find("num"); at != std::string::npos; at = line.find("num", at + 1)) {
       if (at > 0 && std::string_view(" \t\"'{,").find(line[at - 1]) == std::string_view::npos) continue;
       const std::size_t value = line.find_first_not_of(" \t\"'=:", at + std::strlen("num_threads"));
@@ -61,9 +64,10 @@ long threads_of_config(const char* path) {
 }
 
 // Threads of each rank that the user has asked for; 0 where the program will share out the cores, so that they fit. The
-// command line wins over the file, both over the variable.
+// command line wins over the file; where they name no number, the variable counts.
 long wanted_threads(char** argv) {
-  long given = 0, configured = 0;
+  std::optional<long> given;
+  long configured = 0;
   for (char** argument = argv; *argument != nullptr; ++argument) {
     std::string_view text = *argument;
     if (!text.starts_with("--")) continue;
@@ -71,11 +75,11 @@ long wanted_threads(char** argv) {
     const std::size_t equals = text.find('=');
     const char* const value = equals == std::string_view::npos ? argument[1] : *argument + 2 + equals + 1;
     const std::string_view name = text.substr(0, equals);
-    if (is_num_threads(name) && name.size() == std::strlen("num_threads")) given = number_of(value, given);
+    if (is_num_threads(name) && name.size() == std::strlen("num_threads")) given = number_of(value, 0);
     if (name == "config" && value != nullptr) configured = threads_of_config(value);
   }
-  if (given > 0) return given;
-  return configured > 0 ? configured : number_of(std::getenv("OMP_NUM_THREADS"), 0);
+  const long wanted = given.value_or(configured);
+  return wanted > 0 ? wanted : number_of(std::getenv("OMP_NUM_THREADS"), 0);
 }
 
 // How OpenMP threads wait for work. libgomp's default, spinning for milliseconds, takes the core from whoever has work

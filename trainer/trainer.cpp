@@ -185,6 +185,7 @@ void Trainer::log_step(const StepResult& result) {
 }
 
 void Trainer::log_memory() {
+  const std::int64_t faults = page_faults();
   const MemoryUse& held = parts_.engine.memory();
   constexpr double kMib = 1048576.0;
   log::all_ranks::warn(
@@ -195,8 +196,8 @@ void Trainer::log_memory() {
       static_cast<double>(held.compute.peak()) / kMib, static_cast<double>(held.gradients.peak()) / kMib,
       static_cast<double>(held.partial_sums.peak()) / kMib, static_cast<double>(held.buffers.peak()) / kMib,
       static_cast<double>(activation_bytes_) / kMib, static_cast<double>(peak_tensor_bytes()) / kMib,
-      static_cast<double>(peak_resident_bytes()) / kMib, page_faults() - page_faults_);
-  page_faults_ = page_faults();
+      static_cast<double>(peak_resident_bytes()) / kMib, faults - page_faults_);
+  page_faults_ = faults;
 }
 
 nlohmann::json Trainer::evaluate_and_publish() {

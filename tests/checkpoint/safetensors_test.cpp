@@ -5,6 +5,7 @@
 #include <random>
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
@@ -289,11 +290,20 @@ TEST(SafetensorsSlices, TensorsBeyondOneChunkAreReadWhole) {
   writer.write(values);
   writer.commit();
   const auto entries = read_safetensors_header(dir / "t.safetensors");
-  at::Tensor got = at::empty({n - 5});
-  read_safetensors_slice(entries.at("f"), 5, got);
-  EXPECT_TRUE(at::equal(got, values.narrow(0, 5, n - 5)));
-  read_safetensors_slice(entries.at("b"), 5, got);
-  EXPECT_TRUE(at::equal(got, values.narrow(0, 5, n - 5).to(at::kBFloat16).to(at::kFloat)));
+  const int before = at::get_num_threads();
+  for (const int num_threads : {1, 3}) {
+    at::set_num_threads(num_threads);
+    at::Tensor got = at::empty({n - 5});
+    read_safetensors_slice(entries.at("f"), 5, got);
+    EXPECT_TRUE(at::equal(got, values.narrow(0, 5, n - 5)));
+    read_safetensors_slice(entries.at("b"), 5, got);
+    EXPECT_TRUE(at::equal(got, values.narrow(0, 5, n - 5).to(at::kBFloat16).to(at::kFloat)));
+  }
+  // Cut off in what only the last thread reads.
+  std::filesystem::resize_file(dir / "t.safetensors", std::filesystem::file_size(dir / "t.safetensors") - 100);
+  at::Tensor got = at::empty({n});
+  EXPECT_THROW(read_safetensors_slice(entries.at("f"), 0, got), Error);
+  at::set_num_threads(before);
 }
 
 TEST(SafetensorsSlices, DtypesThatAreNoWeightsAreRefused) {

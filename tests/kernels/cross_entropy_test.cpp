@@ -248,7 +248,7 @@ TEST(LinearCrossEntropy, LogitsNeverExistAtOnce) {
   static_assert(kChunkBytes + kGradientBytes + kSmall < kLogitBytes / 3);
 }
 
-TEST(LinearCrossEntropy, RepeatedRunsGiveTheSameBits) {
+TEST(LinearCrossEntropy, TheNumberOfThreadsDoesNotChangeABit) {
   for (const at::ScalarType dtype : kDtypes)
     for (const double smoothing : {0.0, 0.1}) {
       const HeadCase c{200, 48, 3001, 64, dtype, 0.01, smoothing};

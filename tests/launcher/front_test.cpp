@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <sched.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "core/huge_pages.hpp"
@@ -74,12 +75,13 @@ TEST_F(Front, ThreadsSpinForAMomentWhereTheyFitTheCores) {
 TEST_F(Front, TheNumberOfThreadsMayStandInAConfigurationToo) {
   const std::string config = (folder_ / "run.cfg").string(), json = (folder_ / "run.json").string();
   std::ofstream(config) << fmt::format("# num_threads = 1\nnum_train_epochs = 1\n num-threads = \"{}\"\n", cores_ + 1);
-  std::ofstream(json) << fmt::format(R"({{"num_train_epochs": 1, "num_threads": {}}})", cores_ + 1);
+  std::ofstream(json) << fmt::format(R"({{"output_dir": "run #3", "num_threads": {}}})", cores_ + 1);
   for (const std::string& file : {config, json}) {
     EXPECT_EQ(waiting("", "--config " + file), "sleep");
     EXPECT_EQ(waiting("", "--config=" + file), "sleep");
     EXPECT_EQ(waiting("", fmt::format("--num_threads {} --config {}", cores_, file)), "spin")
         << "the command line wins";
+    EXPECT_EQ(waiting("", "--num_threads 0 --config " + file), "spin") << "though it only names the default";
     EXPECT_EQ(waiting("OMP_NUM_THREADS=1", "--config " + file), "sleep") << "so does the file over the variable";
   }
   EXPECT_EQ(waiting("", "--config " + (folder_ / "missing").string()), "spin") << "the program will refuse it";
@@ -118,7 +120,11 @@ TEST_F(Front, OneRankMayUseAllCoresUnlessToldOtherwise) {
 TEST_F(Front, HugePagesComeLaterWhereFreeMemoryIsTheHosts) {
   const std::string lines = "\n" + testing_support::run_command((folder_ / "shardtune").string() + " train").output;
   EXPECT_NE(lines.find("glibc.malloc.hugetlb=1"), std::string::npos) << lines;
-  EXPECT_EQ(lines.find("\nSHARDTUNE_HUGE_PAGES_POSTPONED=1\n") != std::string::npos, is_free_memory_returned());
+  const pid_t child = ::fork();  // what it postpones is its own
+  if (child == 0) ::_exit(is_free_memory_returned() && postpone_huge_pages() ? 1 : 0);
+  int status = 0;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  EXPECT_EQ(lines.find("\nSHARDTUNE_HUGE_PAGES_POSTPONED=1\n") != std::string::npos, WEXITSTATUS(status) == 1);
   const std::string chosen =
       "\n" + testing_support::run_command(
                  fmt::format("GLIBC_TUNABLES=glibc.malloc.hugetlb=0 {} train", (folder_ / "shardtune").string()))
