@@ -86,13 +86,13 @@ long wanted_threads(char** argv) {
 // (a second rank, a compiler): nine times slower measured. Going to sleep at once costs a fifth of a step of a small
 // model, which has hundreds of waits. So: a short spin, half a millisecond at most, where the threads of all ranks on
 // these cores fit them; sleep elsewhere. libgomp reads this in its initialiser, before main() of whoever links it. A
-// user's own choice stays.
-void settle_waiting(char** argv) {
+// user's own choice stays. `threads` as wanted_threads() has it.
+void settle_waiting(long threads) {
   if (std::getenv("GOMP_SPINCOUNT") != nullptr || std::getenv("OMP_WAIT_POLICY") != nullptr) return;
   cpu_set_t mask;
   CPU_ZERO(&mask);
   const long cores = ::sched_getaffinity(0, sizeof mask, &mask) == 0 ? CPU_COUNT(&mask) : 0,
-             online = ::sysconf(_SC_NPROCESSORS_ONLN), threads = wanted_threads(argv);
+             online = ::sysconf(_SC_NPROCESSORS_ONLN);
   // Ranks on these cores: all of the node's or, where mpirun has bound them, those whose share of the node this is.
   long ranks = number_of(std::getenv("OMPI_COMM_WORLD_LOCAL_SIZE"), 1);
   if (std::getenv("OMPI_MCA_orte_bound_at_launch") != nullptr)
@@ -128,8 +128,9 @@ void ask_for_same_sums() {
 }  // namespace
 
 int main(int /*argc*/, char** argv) {
-  if (wanted_threads(argv) != 1) shardtune::widen_default_binding();  // a single thread is best where it is
-  settle_waiting(argv);
+  const long threads = wanted_threads(argv);
+  if (threads != 1) shardtune::widen_default_binding();  // a single thread is best where it is
+  settle_waiting(threads);
   // Open MPI's modules for Omni-Path and InfiniPath wait 0.1 s each for a device at every start, and libfabric loads them too.
   // Without any fabric they have nothing to do. This replaces a value from Open MPI's own files, so it must name ofi as well
   // (Debian's file excludes it).

@@ -105,8 +105,7 @@ void set_threads(const Invocation& invocation, Communicator& world, const std::s
   if (wanted > fitting)
     log::warn(
         "{} = {}: a rank has {} of its host's cores to itself, so its threads wait for each other; leave it out, or "
-        "start with "
-        "--bind-to none where Open MPI binds ranks to fewer cores than they should have",
+        "start with --bind-to none where Open MPI binds ranks to fewer cores than they should have",
         option > 0 ? "--num_threads" : "OMP_NUM_THREADS", wanted, fitting);
 }
 

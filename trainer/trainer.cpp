@@ -189,8 +189,7 @@ void Trainer::log_memory() {
   const MemoryUse& held = parts_.engine.memory();
   constexpr double kMib = 1048576.0;
   log::all_ranks::warn(
-      "most memory so far, MiB: masters {:.1f}, optimizer {:.1f}, compute copies {:.1f}, gradients {:.1f}, partial "
-      "sums {:.1f}, "
+      "most memory so far, MiB: masters {:.1f}, optimizer {:.1f}, compute copies {:.1f}, gradients {:.1f}, partial sums {:.1f}, "
       "buffers {:.1f}, activations {:.1f}; all tensors {:.1f}, resident {:.1f}; {} page faults since the line before",
       static_cast<double>(held.masters.peak()) / kMib, static_cast<double>(parts_.optimizer.state_bytes()) / kMib,
       static_cast<double>(held.compute.peak()) / kMib, static_cast<double>(held.gradients.peak()) / kMib,

@@ -3,8 +3,8 @@ Run through scripts/parity --python, which has the library.
 
 Texts to ids with special tokens, on one thread, as a rank's loader does it: `wordpiece`, MiniLM's tokenizer on the sentences of
 SST-2; `bpe`, GPT-2's on the paragraphs of tinyshakespeare. The peer is the library's `encode_batch_fast` (no offsets), all texts in
-one call, in a process with TOKENIZERS_PARALLELISM off and a malloc that keeps its memory, as ours does. Each side starts anew for each repeat, in turn; loading the tokenizer is not
-counted. The ids of both must be the same, byte by byte. Aim: not slower.
+one call, in a process with TOKENIZERS_PARALLELISM off and a malloc that keeps its memory, as ours does. Each side starts anew for each
+repeat, in turn; loading the tokenizer is not counted. The ids of both must be the same, byte by byte. Aim: not slower.
 """
 import argparse
 import json
