@@ -91,8 +91,6 @@ int fitting_threads(Communicator& world, const std::string& host) {
   return std::max(1, CPU_COUNT(&mask) / static_cast<int>(std::count(all.begin(), all.end(), own)));
 }
 
-constexpr long kMostThreads = 1024;  // as --num_threads
-
 void set_threads(const Invocation& invocation, Communicator& world, const std::string& host) {
   const int fitting = fitting_threads(world, host), option = static_cast<int>(invocation.run.train.num_threads);
   // LibTorch takes the variable, too, but no more than MKL thinks fit. A list is of nested regions, which there are

@@ -151,7 +151,8 @@ void validate(const RunOptions& options, const std::string& command) {
   if (const std::string plan = plan_request(train).name; is_explicitly_set(options, "sharding") && plan != train.sharding)
     fail(ErrorKind::config, fmt::format("--fsdp = {} is {} but --sharding is {}; give one of them", train.fsdp, plan, train.sharding));
   need(train.per_device_eval_batch_size > 0, "per_device_eval_batch_size", train.per_device_eval_batch_size, "at least 1 is needed");
-  need(train.num_threads >= 0 && train.num_threads <= 1024, "num_threads", train.num_threads, "0 (= automatic) to 1024 is needed");
+  need(train.num_threads >= 0 && train.num_threads <= kMostThreads, "num_threads", train.num_threads,
+       fmt::format("0 (= automatic) to {} is needed", kMostThreads).c_str());
   need(options.data.max_seq_length >= 0, "max_seq_length", options.data.max_seq_length, "0 (= what the model allows) or more is needed");
   need(options.data.max_train_samples >= 0, "max_train_samples", options.data.max_train_samples, "0 (= all) or more is needed");
   need(options.data.max_eval_samples >= 0, "max_eval_samples", options.data.max_eval_samples, "0 (= all) or more is needed");

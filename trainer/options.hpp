@@ -28,6 +28,8 @@ struct DataOptions {
   std::int64_t max_train_samples = 0, max_eval_samples = 0;  // 0 = all
 };
 
+inline constexpr std::int64_t kMostThreads = 1024;  // of a rank
+
 struct TrainOptions {
   std::string output_dir;
   bool overwrite_output_dir = false;
