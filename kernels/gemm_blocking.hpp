@@ -47,6 +47,7 @@ struct Blocking {
 
   Blocking(std::int64_t m, std::int64_t n, std::int64_t k, const Limits& limits);  // none of them 0
   std::int64_t depth(std::int64_t first) const { return std::min(chunk, padded(k) - first); }
+  bool has_one_chunk() const { return chunk >= padded(k); }
   bool has_one_span() const { return span >= padded(k); }
 };
 

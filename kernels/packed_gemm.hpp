@@ -42,7 +42,7 @@ class PackedProduct {
       : left_(left), right_(right), finish_(finish), b_(left.size(0), right.columns(), left.size(1), Unit::limits()) {}
 
   void run() {
-    const std::int64_t block_sums = b_.own.block * b_.shared.block;
+    const std::int64_t block_sums = b_.has_one_chunk() ? kBlock * kBlock : b_.own.block * b_.shared.block;
     Scratch<Number> shared(padded(b_.shared.size) * b_.span);
     Scratch<float> all_sums(b_.has_one_span() ? 0 : padded(b_.m) * padded(b_.n));
     for (std::int64_t from = 0; from < padded(b_.k); from += b_.span) {
@@ -68,18 +68,20 @@ class PackedProduct {
     std::int64_t begin, end;
     std::int64_t size() const { return end - begin; }
   };
-  // Of the result; sums in blocks of 32 x 32, those of the next 32 columns `step` numbers for each column further.
+  // Of the result; sums in blocks of 32 x 32, so many numbers further for each row and each column.
   struct Block {
     Range rows, columns;
     float* sums;
-    std::int64_t step;
+    std::int64_t row_step, column_step;
   };
 
-  // Sums that stay over all spans lie where the block is in the result, whoever computes it.
+  // Sums that stay over all spans lie where the block is in the result, whoever computes it; those of one chunk are
+  // finished at once, so all have the same place in the first-level cache.
   Block block_of(Range own, Range shared, float* sums, float* all_sums) const {
     const auto [rows, columns] = b_.tasks == BlockTasks::rows ? std::pair(own, shared) : std::pair(shared, own);
-    if (all_sums == nullptr) return {rows, columns, sums, rows.size};
-    return {rows, columns, all_sums + columns.first * padded(b_.m) + rows.first * kBlock, padded(b_.m)};
+    if (b_.has_one_chunk()) return {rows, columns, sums, 0, 0};
+    if (b_.has_one_span()) return {rows, columns, sums, kBlock, rows.size};
+    return {rows, columns, all_sums + columns.first * padded(b_.m) + rows.first * kBlock, kBlock, padded(b_.m)};
   }
 
   void pack(bool is_left, Range range, std::int64_t first, Number* into) const {
@@ -117,12 +119,12 @@ class PackedProduct {
   }
 
   void add_chunk(const Block& block, std::int64_t first, const Number* left, const Number* panels) const {
-    const auto [rows, columns, sums, step] = block;
+    const auto [rows, columns, sums, row_step, column_step] = block;
     const std::int64_t depth = b_.depth(first);
     const bool is_last = first + depth == padded(b_.k);
     for (std::int64_t n = 0; n < columns.size; n += kBlock)
       for (std::int64_t m = 0; m < rows.size; m += kBlock) {
-        float* const c = sums + n * step + m * kBlock;
+        float* const c = sums + n * column_step + m * row_step;
         const std::int64_t num_rows = std::min(kBlock, b_.m - rows.first - m);
         Unit::multiply(BlockTerms<Number>{left + m * depth, panels + n * depth, c, num_rows, depth, first > 0});
         if (is_last) finish_(rows.first + m, columns.first + n, c);
