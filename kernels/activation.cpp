@@ -47,17 +47,33 @@ SHARDTUNE_INLINE Float gelu_tanh(const Float& x) {
   return share + near * e * inverse * inverse * (square * (3.0F * kTwice * kCubic) + kTwice);
 }
 
-// y = gelu(x), or y = gelu'(x) grad, of consecutive numbers.
-template <Wanted kWanted, class T>
-SHARDTUNE_INLINE void gelu_row(const T* x, [[maybe_unused]] const T* grad, T* y, std::int64_t numel) {
+template <Wanted kWanted>
+SHARDTUNE_INLINE Float silu(const Float& x) {
+  const Float share = simd::sigmoid(x);
+  if constexpr (kWanted == Wanted::value) return x * share;
+  return share * (1.0F + x * (1.0F - share));
+}
+
+template <Activation kFormula, Wanted kWanted>
+SHARDTUNE_INLINE Float apply(const Float& x) {
+  if constexpr (kFormula == Activation::silu)
+    return silu<kWanted>(x);
+  else
+    return gelu_tanh<kWanted>(x);
+}
+
+// y = f(x), or y = f'(x) grad, of consecutive numbers.
+template <Activation kFormula, Wanted kWanted, class T>
+SHARDTUNE_INLINE void run_row(const T* x, [[maybe_unused]] const T* grad, T* y, std::int64_t numel) {
   simd::for_each_vector(numel, [&](std::int64_t at, std::int64_t end) SHARDTUNE_VECTOR_BODY {
-    Float result = gelu_tanh<kWanted>(simd::load_at(x, at, end));
+    Float result = apply<kFormula, kWanted>(simd::load_at(x, at, end));
     if constexpr (kWanted == Wanted::slope) result *= simd::load_at(grad, at, end);
     simd::store_at(y, at, end, result);
   });
 }
 
-at::Tensor run_gelu(const at::Tensor& x, const at::Tensor& grad) {
+template <Activation kFormula>
+at::Tensor run(const at::Tensor& x, const at::Tensor& grad) {
   at::Tensor y = at::empty_like(x);
   with_element_type(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
@@ -68,9 +84,9 @@ at::Tensor run_gelu(const at::Tensor& x, const at::Tensor& grad) {
       const std::int64_t first = begin * kLanes, count = std::min(numel, end * kLanes) - first;
       simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
         if (seed != nullptr)
-          gelu_row<Wanted::slope>(in + first, seed + first, out + first, count);
+          run_row<kFormula, Wanted::slope>(in + first, seed + first, out + first, count);
         else
-          gelu_row<Wanted::value>(in + first, static_cast<const T*>(nullptr), out + first, count);
+          run_row<kFormula, Wanted::value>(in + first, static_cast<const T*>(nullptr), out + first, count);
       });
     });
   });
@@ -79,19 +95,20 @@ at::Tensor run_gelu(const at::Tensor& x, const at::Tensor& grad) {
 
 void gelu_block(const c10::BFloat16* x, c10::BFloat16* y, std::int64_t numel) {
   simd::dispatch([&]() SHARDTUNE_VECTOR_BODY {
-    gelu_row<Wanted::value>(x, static_cast<const c10::BFloat16*>(nullptr), y, numel);
+    run_row<Activation::gelu_tanh, Wanted::value>(x, static_cast<const c10::BFloat16*>(nullptr), y, numel);
   });
 }
 
-struct GeluTanh : torch::autograd::Function<GeluTanh> {
+template <Activation kFormula>
+struct Activate : torch::autograd::Function<Activate<kFormula>> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x_any) {
     const at::Tensor x = x_any.contiguous();
     ctx->save_for_backward({x});
-    return run_gelu(x, {});
+    return run<kFormula>(x, {});
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    return {run_gelu(ctx->get_saved_variables()[0], grads[0].contiguous())};
+    return {run<kFormula>(ctx->get_saved_variables()[0], grads[0].contiguous())};
   }
 };
 
@@ -111,10 +128,12 @@ std::string activation_names() {
 
 at::Tensor activate(const at::Tensor& x, Activation activation) {
   switch (activation) {
-    case Activation::gelu_erf: return at::gelu(x);
-    case Activation::gelu_tanh: return GeluTanh::apply(x);
+    // Of dense numbers: ATen's loop over others, and its silu, compute what is left over at the end of each thread's
+    // part by another function.
+    case Activation::gelu_erf: return at::gelu(x.contiguous());
+    case Activation::gelu_tanh: return Activate<Activation::gelu_tanh>::apply(x);
     case Activation::relu: return at::relu(x);
-    case Activation::silu: return at::silu(x);
+    case Activation::silu: return Activate<Activation::silu>::apply(x);
     case Activation::tanh: return at::tanh(x);
   }
   fail(ErrorKind::internal, "unknown activation");
@@ -126,7 +145,7 @@ ActivateBlock find_block_activation(Activation activation) {
 
 at::Tensor activation_gradient(const at::Tensor& x, const at::Tensor& grad, Activation activation) {
   check_internal(find_block_activation(activation) != nullptr, "only gelu_tanh has a gradient of its own");
-  return run_gelu(x, grad);
+  return run<Activation::gelu_tanh>(x, grad);
 }
 
 }  // namespace shardtune

@@ -5,7 +5,7 @@
 // head), longest first, so that the number of threads changes no bit. For tensors of takes_bf16_products
 // (bf16_gemm.hpp). Legend as in attention.hpp.
 //
-// Working memory of a thread, n tokens in its longest segment: forward n (4 D + 192) bytes, backward n (14 D + 130),
+// Working memory of a thread, n tokens in its longest segment: forward n (6 D + 192) bytes, backward n (16 D + 130),
 // with a relative bias n 8 more.
 #include <cstdint>
 

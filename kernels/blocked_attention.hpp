@@ -1,7 +1,8 @@
 #pragma once
 // Private to kernels/: attention of long segments by matrix_product.hpp on blocks of query rows, softmax in fp32
 // over whole rows, made again in backward: for what ATen's flash attention lacks. The matrix products of a block cost
-// O(rows x keys in reach); no tensor is larger than 8 MiB per block, whatever the length. Legend as in attention.hpp.
+// O(rows x keys in reach). Working memory: a few tensors of 8 MiB (of one row where that is more), whatever the length,
+// and for 16-bit numbers the keys and values of a head in fp32. Legend as in attention.hpp.
 #include <cstdint>
 
 #include <ATen/core/Tensor.h>

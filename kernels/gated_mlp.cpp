@@ -15,12 +15,8 @@ namespace {
 
 using simd::Float;
 using simd::load_at;
+using simd::sigmoid;
 using simd::store_at;
-
-SHARDTUNE_INLINE Float sigmoid(const Float& x) {
-  const Float small = simd::exp_non_positive(simd::negative_magnitude(x));  // e^-|x| never overflows
-  return (x < 0.0F ? small : simd::broadcast(1.0F)) / (small + 1.0F);
-}
 
 constexpr std::int64_t kElementsOfATask = 16384;
 

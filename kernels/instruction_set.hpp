@@ -14,13 +14,13 @@ InstructionSet best_instruction_set();
 InstructionSet choose_instruction_set(const char* requested);
 // The choice of this process, made at the first call from the environment variable SHARDTUNE_ISA. It is there to test
 // and to debug: the bits are the same under every choice, except for what has products of its own: bf16 attention,
-// linear layers and heads under avx512_bf16 and amx, fp32 linear layers and heads from avx512 on
-// where the processor is not Intel's (fp32_gemm.hpp).
+// linear layers and heads under avx512_bf16 and amx; fp32 linear layers and heads, and what blocked_attention.hpp
+// takes, from avx512 on where the processor is not Intel's (fp32_gemm.hpp).
 InstructionSet instruction_set();
 const char* name_of(InstructionSet set);
 
 // Raised whenever an operator's bits change on any processor: a run that goes on with other kernels is told so.
-inline constexpr int kKernelRevision = 2;
+inline constexpr int kKernelRevision = 3;
 
 // Intel's own libraries take their best instructions on Intel's processors alone.
 bool is_intel_processor();

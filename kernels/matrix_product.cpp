@@ -14,8 +14,10 @@
 #include "kernels/fp32_gemm.hpp"
 #include "kernels/instruction_set.hpp"
 
-// MKL's own (mkl_service.h, which LibTorch does not bring along); absent from a LibTorch without MKL.
+// MKL's own (mkl_service.h, which LibTorch does not bring along), absent from a LibTorch without MKL; and OpenMP's.
 extern "C" int MKL_Set_Num_Threads_Local(int num_threads) __attribute__((weak));
+extern "C" void omp_set_num_threads(int num_threads) __attribute__((weak));
+extern "C" int omp_get_max_threads() __attribute__((weak));
 
 namespace shardtune {
 namespace {
@@ -32,20 +34,24 @@ bool keeps_order_of_sums(const at::Tensor& left) {
 }
 
 // While it lives, products of this thread are computed, and their sums cut, as on one thread: LibTorch has MKL count on
-// all its threads within parallel regions, too.
+// all its threads within parallel regions, too, and a single block is computed outside of any, where oneDNN takes all.
 class OneThread {
  public:
   OneThread() {
-    if (MKL_Set_Num_Threads_Local != nullptr) before_ = MKL_Set_Num_Threads_Local(1);
+    if (MKL_Set_Num_Threads_Local != nullptr) mkl_before_ = MKL_Set_Num_Threads_Local(1);
+    if (omp_set_num_threads == nullptr || omp_get_max_threads == nullptr) return;
+    omp_before_ = omp_get_max_threads();
+    omp_set_num_threads(1);
   }
   ~OneThread() {
-    if (MKL_Set_Num_Threads_Local != nullptr) MKL_Set_Num_Threads_Local(before_);
+    if (MKL_Set_Num_Threads_Local != nullptr) MKL_Set_Num_Threads_Local(mkl_before_);
+    if (omp_before_ > 0) omp_set_num_threads(omp_before_);
   }
   OneThread(const OneThread&) = delete;
   OneThread& operator=(const OneThread&) = delete;
 
  private:
-  int before_ = 0;
+  int mkl_before_ = 0, omp_before_ = 0;
 };
 
 struct Operands {

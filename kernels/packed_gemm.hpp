@@ -6,8 +6,7 @@
 // A Unit multiplies blocks. Its members, all static:
 //   Number, kDtype    of both sides, packed or not
 //   Session, limits() around the products of a thread; see Limits
-//   pack_left(left, b, rows, first, into)       one chunk of some rows: for each 32 of them blocks of 32 x 32, one
-//       after the other along K, so that a product reads memory from front to back
+//   pack_left(left, b, rows, first, into)       one chunk of some rows: for each 32 of them blocks of 32 x 32 along K
 //   pack_right(right, b, columns, first, into)  one chunk of some columns: for each 32 of them a panel [depth, 32]
 //   multiply(BlockTerms<Number>)
 #include <algorithm>
@@ -34,7 +33,7 @@ void share_out(std::int64_t size, std::int64_t block, const Run& run) {
   });
 }
 
-// One product. finish(row, column, sums in rows of 32) is called once for each 32 x 32 of it, on any thread.
+// finish(row, column, sums in rows of 32) is called once for each 32 x 32 of the product, on any thread.
 template <class Unit, class Finish>
 class PackedProduct {
  public:
@@ -75,8 +74,7 @@ class PackedProduct {
     std::int64_t row_step, column_step;
   };
 
-  // Sums that stay over all spans lie where the block is in the result, whoever computes it; those of one chunk are
-  // finished at once, so all have the same place in the first-level cache.
+  // Sums of all spans lie where the block is in the result, those of one chunk, finished at once, in one place.
   Block block_of(Range own, Range shared, float* sums, float* all_sums) const {
     const auto [rows, columns] = b_.tasks == BlockTasks::rows ? std::pair(own, shared) : std::pair(shared, own);
     if (b_.has_one_chunk()) return {rows, columns, sums, 0, 0};

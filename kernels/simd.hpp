@@ -60,6 +60,11 @@ SHARDTUNE_INLINE Float exp_non_positive(const Float& x) {
   return x < kLeastExponent ? Float{} : result;
 }
 
+SHARDTUNE_INLINE Float sigmoid(const Float& x) {
+  const Float small = exp_non_positive(negative_magnitude(x));  // e^-|x| never overflows
+  return (x < 0.0F ? small : broadcast(1.0F)) / (small + 1.0F);
+}
+
 // Below 5/8 the odd polynomial of Cephes' tanhf, beyond (1 - e^-2|x|) / (1 + e^-2|x|); relative error below 3e-7. NaN
 // stays NaN.
 SHARDTUNE_INLINE Float tanh(const Float& x) {

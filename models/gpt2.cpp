@@ -36,13 +36,16 @@ Gpt2Config read_config(const ModelRequest& request) {
   const ConfigReader in(*request.config, request.origin);
   in.refuse_unless("add_cross_attention", {"false"});
   in.refuse_unless("pruned_heads", {"{}"});
+  in.refuse_unless("is_causal", {"true"});
+  // Where a file has a size under both of its names the class takes the second.
+  const auto name = [&](const char* own, const char* alias) { return in.has(alias) ? alias : own; };
   Gpt2Config config{};
   config.vocab_size = in.integer("vocab_size", 50257);
-  config.hidden_size = in.integer("n_embd", 768);
-  config.num_layers = in.num_layers("n_layer", 12);
-  config.num_heads = in.integer("n_head", 12);
+  config.hidden_size = in.integer(name("n_embd", "hidden_size"), 768, 1, ConfigReader::kMaxSize / 3);
+  config.num_layers = in.num_layers(name("n_layer", "num_hidden_layers"), 12);
+  config.num_heads = in.integer(name("n_head", "num_attention_heads"), 12);
   config.intermediate_size = in.integer("n_inner", 4 * config.hidden_size);
-  config.max_positions = in.integer("n_positions", 1024);
+  config.max_positions = in.integer(name("n_positions", "max_position_embeddings"), 1024);
   config.layer_norm_eps = in.positive("layer_norm_epsilon", 1e-5);
   config.initializer_range = in.number("initializer_range", 0.02);
   config.activation = in.activation("activation_function", "gelu_new");

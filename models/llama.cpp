@@ -54,6 +54,7 @@ void refuse_what_llama_lacks(const ConfigReader& in) {
   in.refuse_unless("no_rope_layers", {});
   in.refuse_unless("is_decoder", {"true", "false"});
   in.refuse_unless("add_cross_attention", {"false"});
+  in.refuse_unless("is_causal", {"true"});
 }
 
 // In these families null means another thing than a missing field, which takes the class's default.

@@ -102,6 +102,20 @@ TEST(ModelDropout, ActsWhereTransformersHasIt) {
   EXPECT_TRUE(at::equal(dropped_all(gpt2, "resid_pdrop"), logits_of(gpt2, false, zero_where({"c_proj"}))));
 }
 
+// transformers' attribute_map: the common name is the same field and, being read last, is the one that counts.
+TEST(ModelSizes, OfGpt2MayHaveTheirCommonNames) {
+  const auto both = [](const char* own, const char* common, int value) {
+    json config = with(gpt2_config(), common, value);
+    EXPECT_TRUE(at::equal(logits_of(config, false), logits_of(with(gpt2_config(), own, value), false))) << common;
+    config.erase(own);
+    EXPECT_TRUE(at::equal(logits_of(config, false), logits_of(with(gpt2_config(), own, value), false))) << common;
+  };
+  both("n_head", "num_attention_heads", 6);
+  both("n_layer", "num_hidden_layers", 1);
+  both("n_embd", "hidden_size", 24);
+  both("n_positions", "max_position_embeddings", 8);
+}
+
 TEST(ModelDropout, EveryPlaceMattersAtHuggingFacesDefaultsAndNoneInEvaluation) {
   json bert = bert_config();
   bert.erase("hidden_dropout_prob");

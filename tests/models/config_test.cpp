@@ -44,6 +44,7 @@ TEST(ModelConfig, FieldsThatWouldChangeTheResultAreRefusedByName) {
                                                            {"attn_logit_softcapping", 50.0},
                                                            {"final_logit_softcapping", 30.0},
                                                            {"qk_norm", true},
+                                                           {"is_causal", false},
                                                            {"no_rope_layers", {1, 0}},
                                                            {"partial_rotary_factor", 0.5},
                                                            {"hidden_act", "relu2"},
@@ -67,6 +68,7 @@ TEST(ModelConfig, FieldsThatWouldChangeTheResultAreRefusedByName) {
                                                  {"mlp_bias", true}})
     expect_refused(with(of_type("qwen2"), key, value), key);
   const std::vector<std::pair<const char*, json>> gpt2 = {{"add_cross_attention", true},
+                                                          {"is_causal", false},
                                                           {"pruned_heads", {{"0", {1}}}},
                                                           {"activation_function", "quick_gelu"},
                                                           {"n_head", 5},
