@@ -86,9 +86,11 @@ void ParallelEngine::size_buffers() {
     num_roots += unit->unit().is_root ? 1 : 0;
   }
   const std::int64_t bucket = std::min(options_.bucket_bytes, largest);
-  const auto in_flight = static_cast<int>((largest_inner + bucket - 1) / bucket);
-  buffers_.shards.set_size({bucket, std::max(2, in_flight)});
-  buffers_.replicas.set_size({bucket, std::max(2, in_flight)});
+  for (BucketPool* const pool : {&buffers_.shards, &buffers_.replicas}) {
+    pool->set_size({bucket, 2});
+    const std::int64_t held = pool->bucket_bytes();  // less than asked for where the ranks' parts do not fill it
+    pool->set_size({bucket, std::max(2, static_cast<int>((largest_inner + held - 1) / held))});
+  }
   if (!options_.plan.reshard_after_backward) return;
   const auto num_inner = static_cast<int>(units_.size()) - num_roots;
   const int num_copies = options_.plan.reshard_after_forward ? kGatheredAtOnce : std::max(kGatheredAtOnce, num_inner);

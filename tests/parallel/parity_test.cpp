@@ -149,6 +149,23 @@ TEST(Parity, HoldsWithoutSharedMemoryAndInSmallBuckets) {
   }
 }
 
+// Ranks that have no micro-batch in a step bring their weights up to date at its end, the others while they compute;
+// both must gather in the same order, also in buckets that the parts of this many ranks do not fill.
+TEST(Parity, HoldsWhereSomeRanksHaveNoMicroBatchAndUnitsTakeSeveralBuckets) {
+  at::set_num_threads(1);
+  ToyRun base{.plan = "ddp", .num_micro_batches = 2, .num_steps = 3};
+  const Tensors wanted = train(base);
+  for (const std::string& plan : all_plans()) {
+    for (const int num_ranks : {3, 5, 7}) {
+      ToyRun run = base;
+      run.plan = plan;
+      run.num_ranks = num_ranks;
+      run.bucket_bytes = 512;
+      EXPECT_EQ(difference(train(run), wanted), "") << run.describe();
+    }
+  }
+}
+
 class PlantedBug : public testing::TestWithParam<int> {};
 
 TEST_P(PlantedBug, TurnsTheMatrixRedUnderEveryPlan) {
