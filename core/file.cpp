@@ -37,6 +37,12 @@ int make_missing(const std::filesystem::path& directory) {
 
 }  // namespace
 
+void check_output_is_other(const std::string& output, const std::string& input) {
+  std::error_code unknown;
+  if (std::filesystem::equivalent(output, input, unknown))
+    fail(ErrorKind::config, fmt::format("--output = {}: this is the input itself; choose another file", output));
+}
+
 const char* write_advice(int code) {
   switch (code) {
     case ENOSPC:

@@ -26,6 +26,9 @@ std::uint64_t file_size(int fd, const std::filesystem::path& file);
 void pread_exactly(int fd, void* into, std::size_t size, std::uint64_t offset, const std::filesystem::path& file);
 std::string read_file(const std::filesystem::path& file, std::size_t max_bytes = std::size_t{1} << 32);
 
+// Error{config} where --output names the very file that is read: opening it would empty it.
+void check_output_is_other(const std::string& output, const std::string& input);
+
 // Error{io} for a failed write, creation or sync of a file: "cannot <action> FILE: <what the system said of `code`>"
 // and what to do about a full disk or missing permission.
 const char* write_advice(int code);  // the latter: " (...)", or "" for other errors

@@ -87,6 +87,7 @@ std::unique_ptr<LineSink> open_sink(const std::string& output, Communicator& wor
 
 std::string required_input(const InferenceOptions& inference) {
   if (inference.input.empty()) fail(ErrorKind::config, "--input is missing: the file of rows to read");
+  check_output_is_other(inference.output, inference.input);
   return inference.input;
 }
 
@@ -175,6 +176,7 @@ int run_evaluate(const RunOptions& options, const InferenceOptions& inference, C
   std::string file = inference.input;
   if (file.empty()) file = options.data.test_file.empty() ? options.data.validation_file : options.data.test_file;
   if (file.empty()) fail(ErrorKind::config, "nothing to evaluate: give --input, --test_file or --validation_file");
+  check_output_is_other(inference.output, file);
   const auto dataset = open_input(options, loaded, file, InputRows::labelled);
   const auto sink = open_sink(inference.output, world);
   const nlohmann::json metrics = evaluate(make_setup(options, loaded, world, false), *dataset);

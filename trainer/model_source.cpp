@@ -117,8 +117,8 @@ std::int64_t resolve_max_length(const DataOptions& options, const Model& model, 
   return length;
 }
 
-std::vector<std::pair<std::string, std::string>> companion_files(const Model& model, const ModelSource& source) {
-  std::vector<std::pair<std::string, std::string>> files{{"config.json", model.config_json().dump(2) + "\n"}};
+CompanionFiles companion_files(const Model& model, const ModelSource& source) {
+  CompanionFiles files{{"config.json", model.config_json().dump(2) + "\n"}};
   if (!source.tokenizer_dir.empty())
     for (auto& file : tokenizer_files(source.tokenizer_dir)) files.push_back(std::move(file));
   return files;

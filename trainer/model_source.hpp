@@ -42,7 +42,9 @@ std::unique_ptr<Tokenizer> build_tokenizer(const ModelSource& source);
 // Error{config} when --max_seq_length exceeds what the model allows; 0 = the model's limit, or the tokenizer's if smaller.
 std::int64_t resolve_max_length(const DataOptions& options, const Model& model, const ModelSource& source);
 
-// Everything besides weights that an exported model or checkpoint carries: config.json and tokenizer files.
-std::vector<std::pair<std::string, std::string>> companion_files(const Model& model, const ModelSource& source);
+// Everything besides weights that an exported model or checkpoint carries, config.json and tokenizer files: names and
+// contents.
+using CompanionFiles = std::vector<std::pair<std::string, std::string>>;
+CompanionFiles companion_files(const Model& model, const ModelSource& source);
 
 }  // namespace shardtune

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
+#include <string_view>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -13,6 +15,8 @@
 
 namespace shardtune {
 namespace {
+
+constexpr const char* kOfAdamW[] = {"adam_beta1", "adam_beta2", "adam_epsilon"};
 
 [[noreturn]] void refuse(const char* name, const std::string& value, const std::string& advice) {
   fail(ErrorKind::config, fmt::format("--{} = {}: {}", name, value, advice));
@@ -63,15 +67,23 @@ void check_parallel(const TrainOptions& train) {
     fail(ErrorKind::config, "--activation_memory_budget chooses per layer what to recompute; leave --gradient_checkpointing out");
 }
 
+// The upper limits are beyond any use and keep products of these numbers inside 64 bits.
 void check_sizes(const TrainOptions& train) {
-  need(train.per_device_train_batch_size > 0, "per_device_train_batch_size", train.per_device_train_batch_size, "at least 1 is needed");
-  need(train.gradient_accumulation_steps > 0, "gradient_accumulation_steps", train.gradient_accumulation_steps, "at least 1 is needed");
-  need(train.global_batch_size >= 0, "global_batch_size", train.global_batch_size, "0 (= computed) or more is needed");
+  constexpr std::int64_t kMost = 1'000'000;
+  need(train.per_device_train_batch_size > 0 && train.per_device_train_batch_size <= kMost, "per_device_train_batch_size",
+       train.per_device_train_batch_size, "1 to 1000000 is needed");
+  need(train.gradient_accumulation_steps > 0 && train.gradient_accumulation_steps <= kMost, "gradient_accumulation_steps",
+       train.gradient_accumulation_steps, "1 to 1000000 is needed");
+  need(train.global_batch_size >= 0 && train.global_batch_size <= kMost * kMost, "global_batch_size", train.global_batch_size,
+       "0 (= computed) to 1000000000000 is needed");
   need(train.max_tokens_per_batch >= 0, "max_tokens_per_batch", train.max_tokens_per_batch, "0 (= no limit) or more is needed");
   need(train.max_steps == -1 || train.max_steps > 0, "max_steps", train.max_steps, "-1 (= by epochs) or at least 1 is needed");
-  need(std::isfinite(train.num_train_epochs) && train.num_train_epochs > 0, "num_train_epochs", train.num_train_epochs, "more than 0 is needed");
-  need(train.save_total_limit >= 0, "save_total_limit", train.save_total_limit, "0 (= keep all) or more is needed");
-  need(train.checkpoint_staging_mb > 0, "checkpoint_staging_mb", train.checkpoint_staging_mb, "at least 1 is needed (--no_async_save saves without copies)");
+  need(train.num_train_epochs > 0 && train.num_train_epochs <= 1e6, "num_train_epochs", train.num_train_epochs,
+       "more than 0 and at most 1000000 is needed (--max_steps counts steps instead)");
+  need(train.save_total_limit >= 0 && train.save_total_limit <= kMost, "save_total_limit", train.save_total_limit,
+       "0 (= keep all) to 1000000 is needed");
+  need(train.checkpoint_staging_mb > 0 && train.checkpoint_staging_mb <= 1 << 30, "checkpoint_staging_mb", train.checkpoint_staging_mb,
+       "1 to 1073741824 MiB are needed (--no_async_save saves without copies)");
   need(train.ranks_per_file >= 0 && train.ranks_per_file < 100000, "ranks_per_file", train.ranks_per_file, "0 (= chosen) or more is needed");
   need_one_of("on_save_error", train.on_save_error, {"continue", "stop"});
   need_one_of("checkpoint_compression", train.checkpoint_compression, {"none", "zstd"});
@@ -83,7 +95,7 @@ void check_sizes(const TrainOptions& train) {
 void check_optimizer(const RunOptions& options) {
   const TrainOptions& train = options.train;
   const OptimizerSettings settings = optimizer_settings(train);  // refuses what does not fit together
-  for (const char* name : {"adam_beta1", "adam_beta2", "adam_epsilon"})
+  for (const char* name : kOfAdamW)
     if (settings.name == "sgd" && is_explicitly_set(options, name))
       fail(ErrorKind::config, fmt::format("--{} is AdamW's, --optim is sgd; leave one of them out", name));
   need(std::isfinite(train.learning_rate) && train.learning_rate >= 0, "learning_rate", train.learning_rate, "0 or more is needed");
@@ -92,7 +104,7 @@ void check_optimizer(const RunOptions& options) {
   need(train.adam_beta2 >= 0 && train.adam_beta2 < 1, "adam_beta2", train.adam_beta2, "0 to below 1 is needed");
   need(train.adam_epsilon > 0, "adam_epsilon", train.adam_epsilon, "more than 0 is needed");
   need(std::isfinite(train.max_grad_norm) && train.max_grad_norm >= 0, "max_grad_norm", train.max_grad_norm, "0 (= no clipping) or more is needed");
-  need(std::isfinite(train.warmup_steps) && train.warmup_steps >= 0, "warmup_steps", train.warmup_steps, "0 or more is needed");
+  need(train.warmup_steps >= 0 && train.warmup_steps <= 1e15, "warmup_steps", train.warmup_steps, "0 to 1e15 is needed");
   need(train.warmup_ratio >= 0 && train.warmup_ratio <= 1, "warmup_ratio", train.warmup_ratio, "a share from 0 to 1 is needed");
   const LearningRateSchedule schedule(train.lr_scheduler_type, train.learning_rate, 0, 1);  // refuses an unknown name
   need_one_of("reduction", train.reduction, {"tree", "fast"});
@@ -103,8 +115,9 @@ void check_optimizer(const RunOptions& options) {
 void check_intervals(const TrainOptions& train, bool has_validation_file) {
   const auto check = [](const char* name, Interval strategy, double steps) {
     if (strategy != Interval::steps) return;
-    need(std::isfinite(steps) && steps > 0 && (steps < 1 || steps == std::floor(steps)), name, steps, "a whole number of steps, or a share below 1, is needed");
+    need(steps > 0 && steps <= 1e15 && (steps < 1 || steps == std::floor(steps)), name, steps, "a whole number of steps, or a share below 1, is needed");
   };
+  need(train.eval_steps >= 0, "eval_steps", train.eval_steps, "0 (= logging_steps) or more is needed");
   check("logging_steps", train.logging_strategy, train.logging_steps);
   check("eval_steps", train.eval_strategy, effective_eval_steps(train));
   check("save_steps", train.save_strategy, train.save_steps);
@@ -115,6 +128,24 @@ void check_intervals(const TrainOptions& train, bool has_validation_file) {
   if (train.eval_strategy == Interval::no || train.save_strategy == Interval::no)
     fail(ErrorKind::config, "--load_best_model_at_end needs an --eval_strategy and a --save_strategy (steps or epoch): the best model is found by "
                             "evaluating and kept as a checkpoint");
+}
+
+// Whether another option leaves this one without a meaning, so that naming both is refused.
+bool is_superseded(const RunOptions& options, const std::string& name) {
+  const TrainOptions& train = options.train;
+  if (name == "sharding") return !train.fsdp.empty();
+  return std::find(std::begin(kOfAdamW), std::end(kOfAdamW), name) != std::end(kOfAdamW) && optimizer_settings(train).name == "sgd";
+}
+
+// As launcher/config_file.cpp reads it back.
+std::string quoted_if_needed(const std::string& value) {
+  const std::string_view blank = " \t\r", quotes = "\"'";
+  const bool is_plain = blank.find(value.front()) == blank.npos && blank.find(value.back()) == blank.npos &&
+                        quotes.find(value.front()) == quotes.npos && value.front() != '#' && value.find(" #") == value.npos &&
+                        value.find("\t#") == value.npos;
+  if (is_plain) return value;
+  const char quote = value.find('"') == value.npos ? '"' : '\'';
+  return quote + value + quote;
 }
 
 }  // namespace
@@ -136,7 +167,7 @@ double effective_eval_steps(const TrainOptions& train) {
 std::string resolved_text(const RunOptions& options) {
   std::string text;
   for (const auto& [name, value] : options.resolved)
-    if (!value.empty()) text += fmt::format("{} = {}\n", name, value);
+    if (!value.empty() && !is_superseded(options, name)) text += fmt::format("{} = {}\n", name, quoted_if_needed(value));
   return text;
 }
 

@@ -102,6 +102,7 @@ RunIdentity fresh_identity(const RunOptions& options, int num_ranks) {
 void adopt_identity(const RunIdentity& stored, RunOptions& options) {
   TrainOptions& train = options.train;
   adopt("task", stored.task, options.model.task, options);
+  if (train.global_batch_size == 0) train.global_batch_size = stored.global_batch_size;  // computed, not chosen
   adopt("global_batch_size", stored.global_batch_size, train.global_batch_size, options);
   adopt("per_device_train_batch_size", stored.per_device_train_batch_size, train.per_device_train_batch_size, options);
   adopt("gradient_accumulation_steps", stored.gradient_accumulation_steps, train.gradient_accumulation_steps, options);
@@ -130,8 +131,12 @@ void check_same_run(const RunIdentity& stored, const RunIdentity& now) {
     fail(ErrorKind::data, fmt::format("the labels of the training data changed: the run was started with [{}], the data "
                                       "now has [{}]",
                                       fmt::join(stored.labels, ", "), fmt::join(now.labels, ", ")));
-  if (stored.data_hash != now.data_hash)
+  if (stored.data_hash == now.data_hash) return;
+  const auto file_hash = [](const RunIdentity& id) { return id.data_hash.substr(0, id.data_hash.find(':')); };
+  if (file_hash(stored) != file_hash(now))
     fail(ErrorKind::data, "--train_file changed since the run was started; restore it, or start a new run in another --output_dir");
+  fail(ErrorKind::data, "--train_file gives another number of examples than when the run was started; resume with the same --max_train_samples "
+                        "and the same tokenizer, or start a new run in another --output_dir");
 }
 
 nlohmann::json describe_environment(const RunOptions& options, const std::string& reduction) {

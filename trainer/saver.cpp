@@ -24,9 +24,10 @@ bool Saver::save(const RunState& state, bool is_required) {
   // saved.
   if (state.best_step >= 0) always_kept.push_back(state.best_step);
   if (saved_best_step_ >= 0 && !is_best_) always_kept.push_back(saved_best_step_);
+  StateView view = make_view_(state);  // what fails here fails on one rank alone, so the run cannot go on
   attempt([&] {
     has_failed_ = false;
-    store_.begin_save(state.step, make_view_(state), {policy_.keep, always_kept});
+    store_.begin_save(state.step, std::move(view), {policy_.keep, always_kept});
   });
   if (!policy_.in_background) finish();
   return true;

@@ -55,7 +55,7 @@ class TrainRun {
   void decide_identity();
   void load_weights();
   StateView make_view(const RunState& state);
-  bool has_checkpoint(std::int64_t step);
+  fs::path find_checkpoint(std::int64_t step);
   bool finish();
   nlohmann::json environment() const { return describe_environment(options_, describe_reduction(parallel_, world_.size())); }
   nlohmann::json evaluate_now();
@@ -64,20 +64,21 @@ class TrainRun {
   RunOptions options_;  // those of the run being resumed where there is one
   Communicator& world_;
   OutputLock lock_;  // on rank 0
-  CheckpointStore store_;
-  Saver saver_;
   fs::path resume_from_;
   std::optional<RunState> resumed_;
   ModelSource source_;
   std::vector<std::string> labels_;
   std::unique_ptr<Tokenizer> tokenizer_;
   std::unique_ptr<Model> model_;
+  CompanionFiles companions_;  // on rank 0, as they were when the run started
   std::unique_ptr<Dataset> train_data_, eval_data_;
   RunState state_;
   ParallelOptions parallel_;
   std::unique_ptr<ParallelEngine> engine_;
   std::unique_ptr<Optimizer> optimizer_;
   TrainerSettings settings_;
+  CheckpointStore store_;  // after the tensors that a save under way reads
+  Saver saver_;
 };
 
 int TrainRun::run() {
@@ -91,7 +92,7 @@ int TrainRun::run() {
   build_data_and_model();
   decide_identity();
   load_weights();
-  if (state_.best_step >= 0 && has_checkpoint(state_.best_step)) saver_.set_saved_best_step(state_.best_step);
+  if (state_.best_step >= 0 && !find_checkpoint(state_.best_step).empty()) saver_.set_saved_best_step(state_.best_step);
   const TrainOutcome outcome = train();
   // Without the last checkpoint nobody may rely on this run's end, whatever else has worked.
   const int save_failed = saver_.has_failed() ? exit_code(ErrorKind::io) : 0;
@@ -141,6 +142,7 @@ void TrainRun::build_data_and_model() {
   if (options_.model.task == "text-classification") labels_ = training_labels(source_.config, collect_labels(train_options));
   model_ = build_model(source_, options_.model, labels_);
   freeze_parameters(*model_, options_.model.freeze);
+  if (world_.rank() == 0) companions_ = companion_files(*model_, source_);
   const std::int64_t max_length = resolve_max_length(options_.data, *model_, source_);
   train_options.max_length = max_length;
   train_data_ = build_dataset(train_options, options_.model.task, labels_, *tokenizer_);
@@ -202,7 +204,7 @@ void TrainRun::load_weights() {
     initialize_randomly(*engine_, seed);
     log::info("random weights from {}", source_.config_file.string());
   }
-  store_.prepare_resume(state_.step, state_.identity.run_id);
+  store_.prepare_resume(resume_from_.empty() ? -1 : state_.step, state_.identity.run_id);
 }
 
 nlohmann::json TrainRun::evaluate_now() {
@@ -218,7 +220,7 @@ StateView TrainRun::make_view(const RunState& state) {
   StateView view = make_state_view(*engine_, optimizer_.get());
   view.run = {{"step", state.step}, {"run_id", state.identity.run_id}, {"state", state.to_json()}, {"environment", environment()}};
   if (world_.rank() == 0) {
-    for (auto& [name, content] : companion_files(*model_, source_)) view.side_files.push_back({name, content});
+    for (const auto& [name, content] : companions_) view.side_files.push_back({name, content});
     view.side_files.push_back({"trainer_state.json", hf_trainer_state(state, options_, settings_.max_steps, settings_.steps_per_epoch)});
   }
   return view;
@@ -249,38 +251,41 @@ TrainOutcome TrainRun::train() {
   return trainer.run();
 }
 
-bool TrainRun::has_checkpoint(std::int64_t step) {
-  const auto infos = store_.list();
-  return std::any_of(infos.begin(), infos.end(),
-                     [&](const auto& info) { return info.is_committed && info.step == step; });
+// A committed one in the output directory or, of a run that goes on in another one, where it came from; else empty.
+fs::path TrainRun::find_checkpoint(std::int64_t step) {
+  const auto find_in = [&](CheckpointStore& store) {
+    for (const CheckpointInfo& info : store.list())
+      if (info.is_committed && info.step == step) return info.directory;
+    return fs::path();
+  };
+  fs::path found = find_in(store_);
+  if (found.empty() && !resume_from_.empty()) {
+    CheckpointStore before(resume_from_.parent_path(), world_);
+    found = find_in(before);
+  }
+  return found;
 }
 
 // False when the exported model is not the best one although that was asked for.
 bool TrainRun::finish() {
   bool is_wanted = true;
-  if (std::int64_t best = state_.best_step; settings_.load_best_model_at_end && best >= 0 && best != state_.step) {
-    if (!has_checkpoint(best)) {
-      is_wanted = false;
-      best = saver_.saved_best_step();
-      if (best < 0 || !has_checkpoint(best))
-        fail(ErrorKind::io,
-             fmt::format(
-                 "the best model, of step {}, cannot be loaded: saving it failed; the newest checkpoint in {} is "
-                 "intact and can be continued or exported",
-                 state_.best_step, options_.train.output_dir));
+  if (const std::int64_t best = state_.best_step; settings_.load_best_model_at_end && best >= 0 && best != state_.step) {
+    fs::path checkpoint = find_checkpoint(best);
+    is_wanted = !checkpoint.empty();
+    if (const std::int64_t saved = saver_.saved_best_step(); !is_wanted && saved >= 0) checkpoint = find_checkpoint(saved);
+    if (!is_wanted)
       log::error(
-          "the best model, of step {}, cannot be loaded: saving it failed; the best one that was saved, of step {}, is "
-          "exported instead",
-          state_.best_step, best);
-    }
-    load_checkpoint(store_, fs::path(options_.train.output_dir) / fmt::format("checkpoint-{}", best), *engine_,
-                    nullptr);
+          "the best model, of step {}, cannot be loaded: saving it failed, or its checkpoint is gone from {}; {} is exported instead",
+          best, options_.train.output_dir,
+          checkpoint.empty() ? fmt::format("the last one, of step {},", state_.step)
+                             : fmt::format("the best one that was saved, of step {},", saver_.saved_best_step()));
+    if (!checkpoint.empty()) load_checkpoint(store_, checkpoint, *engine_, nullptr);
     if (is_wanted)
       log::info("loaded the best model, of step {} ({} = {:.6g})", best, settings_.metric_for_best_model,
                 state_.best_metric);
   }
   const fs::path directory = fs::path(options_.train.output_dir) / "model";
-  export_model(world_, *engine_, directory, companion_files(*model_, source_));
+  export_model(world_, *engine_, directory, companions_);
   log::info("trained {} steps, mean loss {:.4f}; model in Hugging Face layout: {}", state_.step,
             state_.step > 0 ? state_.loss_sum / static_cast<double>(state_.step) : 0.0, directory.string());
   return is_wanted;

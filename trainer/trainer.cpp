@@ -35,7 +35,7 @@ TrainOutcome Trainer::run() {
 TrainOutcome Trainer::run_steps() {
   start_seconds_ = now_seconds();
   first_step_ = saved_step_ = state_.step;
-  if (settings_.eval_on_start && state_.step == 0) evaluate_and_publish();
+  if (settings_.eval_on_start && state_.step == 0 && state_.log_history.empty()) evaluate_and_publish();
   while (state_.step < settings_.max_steps) {
     const ControlWord word = share_control_word();
     if (!word.is_any_saving) parts_.saver.advance();

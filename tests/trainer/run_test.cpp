@@ -11,9 +11,11 @@
 #include <nlohmann/json.hpp>
 
 #include "checkpoint/checkpoint_store.hpp"
+#include "distributed/comm/thread_group.hpp"
 #include "tests/support/error_of.hpp"
 #include "tests/support/tiny_run.hpp"
 #include "tests/trainer/thread_run.hpp"
+#include "trainer/commands.hpp"
 
 namespace shardtune {
 namespace {
@@ -103,6 +105,29 @@ TEST(BestModel, IsSavedWhereNoSaveIsDue) {
   train_on_threads(options, 2);
   EXPECT_EQ(recorded_steps(options, "eval_loss"), (Steps{0, 2, 4, 6, 8}));
   EXPECT_EQ(saved_steps(options), (Steps{9, 2}));
+  std::filesystem::remove_all(directory);
+}
+
+// A run that goes on in another directory: its best model stays where it was.
+TEST(BestModel, OfARunBegunInAnotherDirectoryIsFoundThere) {
+  const auto directory = fresh_directory("best_elsewhere");
+  RunOptions options = make_tiny_run(directory, TinyFamily::bert);
+  options.train.greater_is_better = true;  // of losses: the first evaluation's
+  options.train.max_steps = 4;
+  options.train.eval_strategy = options.train.save_strategy = Interval::steps;
+  options.train.eval_steps = options.train.save_steps = 2;
+  options.train.load_best_model_at_end = true;
+  train_on_threads(options, 2);
+  const std::filesystem::path before = options.train.output_dir;
+  options.train.resume_from_checkpoint = (before / "checkpoint-4").string();
+  options.train.output_dir += "_elsewhere";
+  options.train.max_steps = 6;
+  const std::string best = train_on_threads(options, 2);
+  EXPECT_EQ(best, sha256_of(before / "model/model.safetensors"));
+  std::filesystem::remove_all(before / "checkpoint-2");
+  options.train.overwrite_output_dir = true;
+  run_thread_ranks(2, [&](Communicator& world) { EXPECT_EQ(run_train(options, world), 4) << "its best model is gone"; });
+  EXPECT_TRUE(std::filesystem::exists(options.train.output_dir + "/model/model.safetensors"));
   std::filesystem::remove_all(directory);
 }
 
@@ -272,6 +297,17 @@ TEST(Options, NumbersThatWouldNotSurviveTheirUseAreRefused) {
     train.hsdp_shard_size = 4294967298;  // 2 in 32 bits
   });
   EXPECT_NE(size.find("--hsdp_shard_size = 4294967298: 0"), std::string::npos) << size;
+  const auto refuses = [&](const char* words, const std::function<void(TrainOptions&)>& spoil) {
+    const std::string message = said(spoil);
+    EXPECT_NE(message.find(words), std::string::npos) << message;
+  };
+  refuses("--save_total_limit = 4294967297: 0", [](TrainOptions& train) { train.save_total_limit = 4294967297; });
+  refuses("--num_train_epochs = 1e+18: more", [](TrainOptions& train) { train.num_train_epochs = 1e18; });
+  refuses("--warmup_steps = 1e+19: 0", [](TrainOptions& train) { train.warmup_steps = 1e19; });
+  refuses("--checkpoint_staging_mb = 17592186044416: 1", [](TrainOptions& train) { train.checkpoint_staging_mb = std::int64_t{1} << 44; });
+  refuses("--gradient_accumulation_steps = 4611686018427387904: 1",
+          [](TrainOptions& train) { train.gradient_accumulation_steps = std::int64_t{1} << 62; });
+  refuses("--eval_steps = -5: 0", [](TrainOptions& train) { train.eval_steps = -5; });
   const std::string budget = said([](TrainOptions& train) { train.activation_memory_budget = std::int64_t{1} << 44; });
   EXPECT_NE(budget.find("--activation_memory_budget = 17592186044416: 0"), std::string::npos) << budget;
   std::filesystem::remove_all(directory);
