@@ -28,6 +28,7 @@ std::vector<std::int64_t> best_steps(const fs::path& checkpoint_dir) {
 
 std::vector<std::string> prune_output_dir(const fs::path& output_dir, int keep) {
   if (keep < 1) fail(ErrorKind::config, fmt::format("--keep = {}: at least 1 is needed", keep));
+  if (!fs::is_directory(output_dir)) fail(ErrorKind::data, fmt::format("{}: no such directory", output_dir.string()));
   const OutputLock lock(output_dir, "checkpoint prune", 0);
   std::vector<CheckpointInfo> before = list_checkpoints(output_dir);
   const auto good = std::find_if(before.begin(), before.end(), [](const CheckpointInfo& info) {

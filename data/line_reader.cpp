@@ -38,7 +38,9 @@ bool LineReader::fill() {
   while (got < 0 && errno == EINTR);
   const int error = errno;
   buffer_.resize(old_size + static_cast<std::size_t>(got > 0 ? got : 0));
-  if (got < 0) fail(ErrorKind::data, fmt::format("{}: cannot be read: {}", name_, std::strerror(error)));
+  if (got < 0)
+    fail(error == EISDIR ? ErrorKind::data : ErrorKind::io,
+         fmt::format("{}: cannot be read: {}", name_, std::strerror(error)));
   bytes_read_ += static_cast<std::uint64_t>(got);
   at_end_ = got == 0;
   return got > 0;

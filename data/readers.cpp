@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cctype>
 #include <string_view>
+#include <unordered_set>
 #include <utility>
 
 #include <fmt/format.h>
@@ -259,10 +260,10 @@ class TsvRecords {
 };
 
 void check_columns(const LineReader& lines, const Fields& columns, std::int64_t line) {
+  std::unordered_set<std::string_view> seen;
   for (std::size_t i = 0; i < columns.size(); ++i) {
     if (columns[i].empty()) lines.refuse(line, 0, fmt::format("column {} of the header has no name", i + 1));
-    for (std::size_t j = 0; j < i; ++j)
-      if (columns[i] == columns[j]) lines.refuse(line, 0, fmt::format("column '{}' appears twice", columns[i]));
+    if (!seen.insert(columns[i]).second) lines.refuse(line, 0, fmt::format("column '{}' appears twice", columns[i]));
   }
 }
 

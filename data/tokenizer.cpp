@@ -186,6 +186,8 @@ std::unique_ptr<SubwordModel> make_model(const TokenizerJson& file, const FieldP
   if (type != "WordPiece" && type != "BPE")
     path.refuse("tokenizer model '" + type + "' is not supported yet (supported: WordPiece, BPE)");
   if (file.vocab.empty()) path.child("vocab").refuse("is missing");
+  if (type == "WordPiece" && byte_level)
+    path.refuse("WordPiece after a ByteLevel pre-tokenizer is not supported (BPE is)");
   return type == "BPE" ? make_bpe(file, path, byte_level) : make_wordpiece(file, path);
 }
 

@@ -11,6 +11,7 @@
 #include <fmt/ranges.h>
 
 #include "core/error.hpp"
+#include "data/utf8.hpp"
 #include "launcher/config_file.hpp"
 #include "launcher/option_rows.hpp"
 #include "models/model.hpp"
@@ -38,12 +39,25 @@ bool is_run_command(const std::string& command) { return command != "tokenize" &
   fail(ErrorKind::config, fmt::format("{}unknown option --{} of `shardtune {}`: {}", where, name, command, table.advice(command, name)));
 }
 
+// Everything that options name is compared between ranks and written as JSON.
+void check_utf8(const std::vector<std::string>& arguments) {
+  for (const std::string& argument : arguments)
+    if (const std::size_t valid = valid_utf8_prefix(argument); valid < argument.size())
+      fail(ErrorKind::config, fmt::format("'{}...': byte {} of this argument is no UTF-8; rename the file, or name it by a link with another name",
+                                          argument.substr(0, valid), valid + 1));
+}
+
 bool is_switch(const std::string& name) { return name == "help" || name == "version" || name == "print_config"; }
 
 // Rewrites options to the one spelling that the parser below knows: --name=value with the table's name; flags get their
 // value, --no_flag becomes --flag=false. A value that looks like an option (a negative number) is fine after '='.
 std::vector<std::string> normalize(const OptionTable& table, const std::string& command, const std::vector<std::string>& arguments) {
   std::vector<std::string> out;
+  const auto push = [&](const std::string& name, const std::string& value) {
+    if (!value.empty()) return out.push_back(fmt::format("--{}={}", name, value));
+    out.push_back("--" + name);  // the parser wants something after '='
+    out.push_back(value);
+  };
   for (std::size_t i = 0; i < arguments.size(); ++i) {
     const std::string& word = arguments[i];
     if (word == "-h") {
@@ -75,7 +89,7 @@ std::vector<std::string> normalize(const OptionTable& table, const std::string& 
     if (row == nullptr && name != "config") refuse_unknown(table, command, spelling, "");
     if (row != nullptr) name = row->name;
     if (equals != std::string::npos) {
-      out.push_back(fmt::format("--{}={}", name, word.substr(equals + 1)));
+      push(name, word.substr(equals + 1));
       continue;
     }
     const bool has_next = i + 1 < arguments.size() && !arguments[i + 1].starts_with("--");
@@ -86,7 +100,7 @@ std::vector<std::string> normalize(const OptionTable& table, const std::string& 
       continue;
     }
     if (!has_next) fail(ErrorKind::config, fmt::format("--{} needs a value ({})", name, row != nullptr ? row->value_name : "FILE"));
-    out.push_back(fmt::format("--{}={}", name, arguments[++i]));
+    push(name, arguments[++i]);
   }
   return out;
 }
@@ -149,18 +163,49 @@ void set_option(const OptionRow& row, const std::string& value, const std::strin
   }
 }
 
+// The entries of a configuration file that this command takes. One file may serve training and evaluation: what belongs
+// to another subcommand is no mistake, and of several that are one option here and others there (`tokenize` takes its
+// tokenizer from either of two) the first in the table is taken.
+std::map<const OptionRow*, ConfigEntry> entries_of(const OptionTable& table, const std::string& command, const std::string& file) {
+  struct Chosen {
+    ConfigEntry entry;
+    std::size_t spelling;  // 0: the option's own name; else of its aliases
+    bool is_foreign;       // another subcommand's option has this very name
+  };
+  std::map<const OptionRow*, Chosen> chosen;
+  for (ConfigEntry& entry : read_config_file(file)) {
+    const std::string name = canonical_name(entry.name);
+    const auto is_named_so = [&](const OptionRow& row) { return row.name == name; };
+    const auto is_spelled_so = [&](const OptionRow& row) {
+      return row.name == name || std::find(row.aliases.begin(), row.aliases.end(), name) != row.aliases.end();
+    };
+    const auto& rows = table.rows();
+    const OptionRow* row = table.find(command, name);
+    if (row == nullptr) {
+      if (std::any_of(rows.begin(), rows.end(), is_spelled_so)) continue;
+      refuse_unknown(table, command, entry.name, entry.where + ": ");
+    }
+    const auto alias = std::find(row->aliases.begin(), row->aliases.end(), name);
+    const std::size_t spelling = row->name == name ? 0 : 1 + static_cast<std::size_t>(alias - row->aliases.begin());
+    Chosen now{std::move(entry), spelling, spelling > 0 && std::any_of(rows.begin(), rows.end(), is_named_so)};
+    const auto [it, is_new] = chosen.try_emplace(row, now);
+    if (is_new) continue;
+    Chosen& before = it->second;
+    if (!now.is_foreign && !before.is_foreign)
+      fail(ErrorKind::config, fmt::format("{}: {} is the same option as {} at {}; leave one out", now.entry.where, now.entry.name,
+                                          before.entry.name, before.entry.where));
+    if (now.spelling < before.spelling) before = std::move(now);
+  }
+  std::map<const OptionRow*, ConfigEntry> entries;
+  for (auto& [row, of_row] : chosen) entries.emplace(row, std::move(of_row.entry));
+  return entries;
+}
+
 void apply(const OptionTable& table, const Parsed& parsed, Invocation& invocation) {
   std::set<std::string> explicitly_set;
   if (const auto config = parsed.values.find("config"); config != parsed.values.end()) {
     if (config->second.size() > 1) fail(ErrorKind::config, "--config is given twice; one file holds the configuration");
-    for (const ConfigEntry& entry : read_config_file(config->second.front())) {
-      const OptionRow* row = table.find(invocation.command, entry.name);
-      if (row == nullptr) {
-        // One file may serve training and evaluation: what belongs to another subcommand is no mistake.
-        const bool is_known = std::any_of(table.rows().begin(), table.rows().end(), [&](const OptionRow& r) { return r.name == canonical_name(entry.name); });
-        if (is_known) continue;
-        refuse_unknown(table, invocation.command, entry.name, entry.where + ": ");
-      }
+    for (const auto& [row, entry] : entries_of(table, invocation.command, config->second.front())) {
       set_option(*row, entry.value, entry.where);
       explicitly_set.insert(row->name);
     }
@@ -200,6 +245,7 @@ std::string command_list() {
 
 Invocation parse_command_line(const std::vector<std::string>& arguments) {
   Invocation invocation;
+  check_utf8(arguments);
   if (arguments.empty()) fail(ErrorKind::config, fmt::format("no subcommand; use one of {}, or --help", command_list()));
   if (arguments.front() == "--help" || arguments.front() == "-h" || arguments.front() == "help") {
     invocation.wants_help = true;

@@ -9,6 +9,7 @@
 #include "core/error.hpp"
 #include "core/file.hpp"
 #include "core/json.hpp"
+#include "data/utf8.hpp"
 #include "launcher/option_table.hpp"
 
 namespace shardtune {
@@ -58,6 +59,7 @@ std::vector<ConfigEntry> read_lines(const std::filesystem::path& file) {
     ++number;
     if (line.empty()) continue;
     const std::string where = fmt::format("{}:{}", file.string(), number);
+    if (valid_utf8_prefix(line) < line.size()) fail(ErrorKind::config, fmt::format("{}: the line is no UTF-8; save the file in UTF-8", where));
     const std::size_t equals = line.find('=');
     if (equals == std::string::npos || equals == 0)
       fail(ErrorKind::config, fmt::format("{}: '{}' is no `name = value` line", where, line));

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <iostream>
 #include <thread>
 
@@ -42,6 +43,8 @@ Failure describe_current_exception() {
     std::string text = fmt::format("({}): {}", to_string(e.kind()), e.what());
     if (e.kind() == ErrorKind::internal) text += fmt::format(" [{}:{}; please report this]", e.where().file_name(), e.where().line());
     return {exit_code(e.kind()), text};
+  } catch (const std::filesystem::filesystem_error& e) {  // a question about a file that the system would not answer
+    return {exit_code(ErrorKind::io), fmt::format("(input/output): {}", e.what())};
   } catch (const std::bad_alloc&) {
     return {exit_code(ErrorKind::internal), "(internal): out of memory; use more ranks with --sharding zero3, smaller batches or --gradient_checkpointing"};
   } catch (const c10::Error& e) {
@@ -182,7 +185,8 @@ int run(int argc, char** argv) {
 int run_to_the_end(int argc, char** argv) {
   try {
     const int code = run(argc, argv);
-    if (code == 0 && (!std::cout.flush() || std::fflush(stdout) != 0))
+    const bool is_written = static_cast<bool>(std::cout.flush()) && std::fflush(stdout) == 0;
+    if (code == 0 && !is_written)
       fail(ErrorKind::io,
            "standard output cannot be written: its file system is full, or nobody reads it; what was printed is not "
            "complete");

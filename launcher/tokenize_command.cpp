@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/error.hpp"
+#include "core/file.hpp"
 #include "data/readers.hpp"
 #include "data/tokenizer.hpp"
 #include "launcher/offline_commands.hpp"
@@ -35,6 +36,7 @@ int run_tokenize(const Invocation& invocation) {
   if (directory.empty()) fail(ErrorKind::config, "--tokenizer is missing: a directory with tokenizer.json");
   if (options.input.empty()) fail(ErrorKind::config, "--input is missing: the file of rows to read");
   if (options.max_length < 0) fail(ErrorKind::config, fmt::format("--max_length = {}: 0 (= no truncation) or more is needed", options.max_length));
+  check_output_is_other(options.output, options.input);
   const auto tokenizer = load_tokenizer(directory);
   const bool is_file = !options.output.empty() && options.output != "-";
   std::ofstream file;
