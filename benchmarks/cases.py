@@ -45,7 +45,7 @@ def training(name):
     about = f"{name} beside the Hugging Face Trainer{' and TRL' if 'packing' in case.peers else ''}: tokens/s, memory, losses"
     some = ",".join(case.peers[:max(1, len(case.peers) - 1)])
     return Case(about=about, program="shardtune", driver=(*PARITY, python("training.py")), arguments=("--case", name, "--repeats", "5"),
-                quick=("--case", name, "--repeats", "3", "--peers", some), minutes=(TRAINING_LIMITS[name], 60))
+                quick=("--case", name, "--repeats", "2", "--peers", some), minutes=(TRAINING_LIMITS[name], 60))
 
 
 CASES = {
@@ -69,7 +69,7 @@ CASES = {
                     driver=(sys.executable, python("scaling.py")), arguments=("{build}/shardtune", "--bf16", "--repeats", "5"),
                     quick=("{build}/shardtune", "--bf16", "--repeats", "3", "--steps", "6", "--plans", "ddp"), least_cores=2),
     "step_cost": Case(about="what a step costs besides its work: against tokens, parameters and ranks", program="shardtune",
-                      driver=(sys.executable, python("step_cost.py")), arguments=("{build}/shardtune", "--repeats", "5", "--steps", "6"),
+                      driver=(sys.executable, python("step_cost.py")), arguments=("{build}/shardtune", "--repeats", "3", "--steps", "4"),
                       quick=("{build}/shardtune", "--series", "tokens", "--repeats", "3", "--steps", "6"), minutes=(60, 15)),
     "overlap": Case(about="communication that a step does not hide", program="benchmark_overlap", parse=tables.overlap,
                     arguments=("ddp", "zero3", "zero3-gathered"), quick=("ddp",), repeats=(5, 3), minutes=(10, 5), num_threads=1,

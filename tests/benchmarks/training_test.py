@@ -28,12 +28,12 @@ class Cases(unittest.TestCase):
 
     def test_alpaca_is_judged_by_the_best_of_its_peers(self):
         self.assertEqual(CASES["alpaca"].aims, {training_cases.BEST: 2})
-        self.assertEqual(CASES["alpaca"].peers, ("default", "grouping", "packing"))
+        self.assertEqual(CASES["alpaca"].peers, ("grouping", "packing", "default"))
 
     def test_peers_are_chosen_in_the_order_of_the_case(self):
         case = CASES["alpaca"]
-        self.assertEqual(training_cases.chosen_peers(case, None), ["default", "grouping", "packing"])
-        self.assertEqual(training_cases.chosen_peers(case, ["packing", "tuned", "default"]), ["default", "packing"])
+        self.assertEqual(training_cases.chosen_peers(case, None), ["grouping", "packing", "default"])
+        self.assertEqual(training_cases.chosen_peers(case, ["packing", "tuned", "default"]), ["packing", "default"])
         self.assertEqual(training_cases.chosen_peers(case, []), [])
 
     def test_losses_compare_only_where_steps_have_the_same_rows(self):
