@@ -5,6 +5,7 @@
 #include <map>
 #include <set>
 #include <sstream>
+#include <utility>
 
 #include <boost/program_options.hpp>
 #include <fmt/format.h>
@@ -165,7 +166,7 @@ void set_option(const OptionRow& row, const std::string& value, const std::strin
 
 // The entries of a configuration file that this command takes. One file may serve training and evaluation: what belongs
 // to another subcommand is no mistake, and of several that are one option here and others there (`tokenize` takes its
-// tokenizer from either of two) the first in the table is taken.
+// tokenizer from either of two) this command's own spelling, then the first in the table is taken.
 std::map<const OptionRow*, ConfigEntry> entries_of(const OptionTable& table, const std::string& command, const std::string& file) {
   struct Chosen {
     ConfigEntry entry;
@@ -194,7 +195,7 @@ std::map<const OptionRow*, ConfigEntry> entries_of(const OptionTable& table, con
     if (!now.is_foreign && !before.is_foreign)
       fail(ErrorKind::config, fmt::format("{}: {} is the same option as {} at {}; leave one out", now.entry.where, now.entry.name,
                                           before.entry.name, before.entry.where));
-    if (now.spelling < before.spelling) before = std::move(now);
+    if (std::pair(now.is_foreign, now.spelling) < std::pair(before.is_foreign, before.spelling)) before = std::move(now);
   }
   std::map<const OptionRow*, ConfigEntry> entries;
   for (auto& [row, of_row] : chosen) entries.emplace(row, std::move(of_row.entry));

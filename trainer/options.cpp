@@ -137,8 +137,9 @@ bool is_superseded(const RunOptions& options, const std::string& name) {
   return std::find(std::begin(kOfAdamW), std::end(kOfAdamW), name) != std::end(kOfAdamW) && optimizer_settings(train).name == "sgd";
 }
 
-// As launcher/config_file.cpp reads it back.
+// As launcher/config_file.cpp reads it back; it knows no escapes, so a value with both kinds of quotes may stay cut.
 std::string quoted_if_needed(const std::string& value) {
+  if (value.empty()) return value;
   const std::string_view blank = " \t\r", quotes = "\"'";
   const bool is_plain = blank.find(value.front()) == blank.npos && blank.find(value.back()) == blank.npos &&
                         quotes.find(value.front()) == quotes.npos && value.front() != '#' && value.find(" #") == value.npos &&
@@ -167,7 +168,8 @@ double effective_eval_steps(const TrainOptions& train) {
 std::string resolved_text(const RunOptions& options) {
   std::string text;
   for (const auto& [name, value] : options.resolved)
-    if (!value.empty() && !is_superseded(options, name)) text += fmt::format("{} = {}\n", name, quoted_if_needed(value));
+    if ((!value.empty() || is_explicitly_set(options, name)) && !is_superseded(options, name))
+      text += fmt::format("{} = {}\n", name, quoted_if_needed(value));
   return text;
 }
 

@@ -113,7 +113,7 @@ struct RunOptions {
 
 // Where eval_steps is not given it is logging_steps.
 double effective_eval_steps(const TrainOptions& train);
-// `resolved` as a configuration file; options without a value are left out.
+// `resolved` as a configuration file; options without a value are left out unless they were set so.
 std::string resolved_text(const RunOptions& options);
 // Whether the command line or the configuration file names the option.
 bool is_explicitly_set(const RunOptions& options, const std::string& name);

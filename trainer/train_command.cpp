@@ -65,6 +65,7 @@ class TrainRun {
   Communicator& world_;
   OutputLock lock_;  // on rank 0
   fs::path resume_from_;
+  std::int64_t resumed_step_ = -1;
   std::optional<RunState> resumed_;
   ModelSource source_;
   std::vector<std::string> labels_;
@@ -129,6 +130,7 @@ void TrainRun::find_run_to_resume() {
                                         "with --model_name_or_path {} and another --output_dir",
                                         resume_from_.string(), resume_from_.string()));
   resumed_ = RunState::from_json(stored.at("state"), resume_from_.string());
+  resumed_step_ = resumed_->step;
   adopt_identity(resumed_->identity, options_);
   for (const std::string& difference : environment_differences(stored.at("environment"), environment()))
     log::warn("resuming under other conditions, so the result is no longer promised bit for bit: {}", difference);
@@ -259,8 +261,10 @@ fs::path TrainRun::find_checkpoint(std::int64_t step) {
     return fs::path();
   };
   fs::path found = find_in(store_);
-  if (found.empty() && !resume_from_.empty()) {
-    CheckpointStore before(resume_from_.parent_path(), world_);
+  // Later ones there are another run's.
+  if (found.empty() && resumed_step_ >= step) {
+    const fs::path from = fs::absolute(resume_from_).lexically_normal();
+    CheckpointStore before((from.has_filename() ? from : from.parent_path()).parent_path(), world_);
     found = find_in(before);
   }
   return found;
