@@ -177,13 +177,10 @@ std::map<const OptionRow*, ConfigEntry> entries_of(const OptionTable& table, con
   for (ConfigEntry& entry : read_config_file(file)) {
     const std::string name = canonical_name(entry.name);
     const auto is_named_so = [&](const OptionRow& row) { return row.name == name; };
-    const auto is_spelled_so = [&](const OptionRow& row) {
-      return row.name == name || std::find(row.aliases.begin(), row.aliases.end(), name) != row.aliases.end();
-    };
     const auto& rows = table.rows();
     const OptionRow* row = table.find(command, name);
     if (row == nullptr) {
-      if (std::any_of(rows.begin(), rows.end(), is_spelled_so)) continue;
+      if (std::any_of(rows.begin(), rows.end(), [&](const OptionRow& r) { return r.is_spelled(name); })) continue;
       refuse_unknown(table, command, entry.name, entry.where + ": ");
     }
     const auto alias = std::find(row->aliases.begin(), row->aliases.end(), name);

@@ -194,10 +194,14 @@ std::vector<const OptionRow*> OptionTable::rows_of(const std::string& command) c
   return found;
 }
 
+bool OptionRow::is_spelled(const std::string& canonical) const {
+  return name == canonical || std::find(aliases.begin(), aliases.end(), canonical) != aliases.end();
+}
+
 const OptionRow* OptionTable::find(const std::string& command, std::string_view name) const {
   const std::string wanted = canonical_name(name);
   for (const OptionRow* row : rows_of(command))
-    if (row->name == wanted || std::find(row->aliases.begin(), row->aliases.end(), wanted) != row->aliases.end()) return row;
+    if (row->is_spelled(wanted)) return row;
   return nullptr;
 }
 

@@ -20,6 +20,7 @@ struct OptionRow {
   std::string help;
   std::vector<std::string> aliases;  // other accepted spellings
   std::vector<std::string> commands; // subcommands that have it
+  bool is_spelled(const std::string& canonical) const;  // as its name or one of its aliases
   bool is_flag = false;              // `--name` alone means true, `--no_name` false
   bool is_list = false;              // comma-separated or repeated
   // Error{config} naming option, value and what is wanted.
