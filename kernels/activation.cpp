@@ -102,12 +102,14 @@ void gelu_block(const c10::BFloat16* x, c10::BFloat16* y, std::int64_t numel) {
 template <Activation kFormula>
 struct Activate : torch::autograd::Function<Activate<kFormula>> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x_any) {
+    const at::AutoDispatchBelowADInplaceOrView untracked;
     const at::Tensor x = x_any.contiguous();
     ctx->save_for_backward({x});
     return run<kFormula>(x, {});
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
+    const at::AutoDispatchBelowADInplaceOrView untracked;
     return {run<kFormula>(ctx->get_saved_variables()[0], grads[0].contiguous())};
   }
 };

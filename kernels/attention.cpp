@@ -108,6 +108,7 @@ struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
                             const at::Tensor& k_tracked, const at::Tensor& v_tracked,
                             const std::optional<at::Tensor>& bias_tracked,
                             const c10::intrusive_ptr<OptionsHolder>& holder) {
+    const at::AutoDispatchBelowADInplaceOrView untracked;
     // ATen's operators may go another way, with other roundings, when an operand requires a gradient: the forward pass
     // of recomputation, which runs without a graph, would have other bits.
     const at::Tensor q = q_tracked.detach(), k = k_tracked.detach(), v = v_tracked.detach();
@@ -133,6 +134,7 @@ struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grad_outputs) {
+    const at::AutoDispatchBelowADInplaceOrView untracked;
     const auto saved = ctx->get_saved_variables();
     const at::Tensor &q = saved[0], &k = saved[1];
     const auto capsule = ctx->saved_data["options"].toCapsule();

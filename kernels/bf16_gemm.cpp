@@ -21,22 +21,24 @@ using bf16::padded;
 using packed::RightSide;
 using Number = std::uint16_t;
 
-// A result too large for the caches to keep is written past them: 1.26 times as fast a product where it has 25 MB.
+// A result too large for the caches to keep is written past them (1.26 times as fast a product where it has 25 MB), and
+// one that nobody reads for long.
+template <class T>
 class Destination {
  public:
-  explicit Destination(const at::Tensor& out)
-      : data_(reinterpret_cast<Number*>(out.mutable_data_ptr<c10::BFloat16>())),
+  explicit Destination(const at::Tensor& out, std::int64_t streamed_bytes = kStreamed)
+      : data_(static_cast<T*>(out.mutable_data_ptr())),
         stride_(out.stride(0)),
         whole_columns_(out.size(1) / kBlock * kBlock),
-        streams_(static_cast<std::int64_t>(out.nbytes()) >= kStreamed && stride_ % kBlock == 0 &&
+        streams_(static_cast<std::int64_t>(out.nbytes()) >= streamed_bytes && stride_ % kBlock == 0 &&
                  reinterpret_cast<std::uintptr_t>(data_) % 64 == 0) {}
-  bf16::Target at(std::int64_t row, std::int64_t column) const {
+  bf16::TargetOf<T> at(std::int64_t row, std::int64_t column) const {
     return {data_ + row * stride_ + column, stride_, streams_ && column < whole_columns_};
   }
 
  private:
   static constexpr std::int64_t kStreamed = 16 << 20;  // bytes
-  Number* data_;
+  T* data_;
   std::int64_t stride_, whole_columns_;
   bool streams_;
 };
@@ -62,7 +64,7 @@ void store(const bf16::Sums& block, const Number* terms, const bf16::Target& int
 }
 
 void multiply_into(const at::Tensor& left, const RightSide& right, const at::Tensor& bias, const at::Tensor& out) {
-  const Destination destination(out);
+  const Destination<Number> destination(out);
   multiply_with_bias(left, right, bias,
                      [&](std::int64_t row, std::int64_t column, const bf16::Sums& block, const Number* terms) {
                        store(block, terms, destination.at(row, column));
@@ -89,6 +91,17 @@ at::Tensor bf16_gemm_aligned(const at::Tensor& left, const at::Tensor& right) {
   return out;
 }
 
+at::Tensor bf16_gemm_widened(const at::Tensor& left, const at::Tensor& right) {
+  const RightSide all(right);
+  at::Tensor out = at::empty({left.size(0), right.size(1)}, left.options().dtype(at::kFloat));
+  const Destination<float> destination(out, 0);  // a gradient: next read when all others are there
+  multiply_with_bias(left, all, {},
+                     [&](std::int64_t row, std::int64_t column, const bf16::Sums& block, const Number* /*terms*/) {
+                       bf16::store_rounded(block, destination.at(row, column));
+                     });
+  return out;
+}
+
 std::pair<at::Tensor, at::Tensor> bf16_gemm_activated(const at::Tensor& left, const at::Tensor& right,
                                                       const at::Tensor& bias, Activation activation) {
   const ActivateBlock activate_block = find_block_activation(activation);
@@ -96,7 +109,7 @@ std::pair<at::Tensor, at::Tensor> bf16_gemm_activated(const at::Tensor& left, co
   const RightSide all(right);
   const at::Tensor product = at::empty({left.size(0), right.size(1)}, left.options()),
                    activated = at::empty_like(product);
-  const Destination product_at(product), activated_at(activated);
+  const Destination<Number> product_at(product), activated_at(activated);
   multiply_with_bias(
       left, all, bias, [&](std::int64_t row, std::int64_t column, const bf16::Sums& block, const Number* terms) {
         alignas(64) c10::BFloat16 x[kBlock * kBlock], y[kBlock * kBlock];

@@ -25,6 +25,8 @@ at::Tensor bf16_gemm_aligned(const at::Tensor& left, const at::Tensor& right);
 // The same as the first, and gelu_tanh of it while its blocks are in the first-level cache: {product, activated}.
 std::pair<at::Tensor, at::Tensor> bf16_gemm_activated(const at::Tensor& left, const at::Tensor& right,
                                                       const at::Tensor& bias, Activation activation);
+// The numbers of bf16_gemm(left, right), without bias, as fp32; for results that are not read soon.
+at::Tensor bf16_gemm_widened(const at::Tensor& left, const at::Tensor& right);
 // into [M, N] += left right, fp32 with dense rows: no sum is rounded to bf16.
 void bf16_gemm_add(const at::Tensor& left, const at::Tensor& right, at::Tensor& into);
 

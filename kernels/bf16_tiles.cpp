@@ -185,6 +185,20 @@ void store_with_bias(const Sums& sums, const std::uint16_t* bias, const Target& 
   });
 }
 
+void store_rounded(const Sums& sums, const TargetOf<float>& into) {
+  const float* from = sums.data;
+  float* row = into.data;
+  for (std::int64_t r = 0; r < sums.rows; ++r, from += sums.stride, row += into.stride)
+    for (std::int64_t c = 0; c < sums.columns; c += kLanes) {
+      const auto rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(from + c)));
+      const __m512 value = widened(rounded);
+      if (into.streams)
+        _mm512_stream_ps(row + c, value);
+      else
+        _mm512_mask_storeu_ps(row + c, lanes_below(sums.columns - c), value);
+    }
+}
+
 void copy_block(const std::uint16_t* from, std::int64_t rows, std::int64_t columns, const Target& into) {
   std::uint16_t* row = into.data;
   const __mmask32 lanes = columns >= kBlock ? ~__mmask32{0} : (__mmask32{1} << columns) - 1;

@@ -54,17 +54,21 @@ struct Sums {
   const float* data;
   std::int64_t stride, rows, columns;
 };
-// Rows of bf16. `streams`: past the caches, so that memory is not read before it is written; rows are then 64-byte
-// aligned and of whole blocks.
-struct Target {
-  std::uint16_t* data;
+// Rows of bf16 or fp32. `streams`: past the caches, so that memory is not read before it is written; rows are then
+// 64-byte aligned and of whole blocks.
+template <class T>
+struct TargetOf {
+  T* data;
   std::int64_t stride;
   bool streams = false;
 };
+using Target = TargetOf<std::uint16_t>;
 // into = factor times sums, rounded to bf16. Any alignment.
 void store_block(const Sums& sums, const Target& into, float factor = 1.0F);
 // into = sums + bias[columns], rounded to bf16 once. Any alignment.
 void store_with_bias(const Sums& sums, const std::uint16_t* bias, const Target& into);
+// into = sums, rounded to bf16. Any alignment.
+void store_rounded(const Sums& sums, const TargetOf<float>& into);
 // At most 32 columns of rows of 32 numbers, one after the other.
 void copy_block(const std::uint16_t* from, std::int64_t rows, std::int64_t columns, const Target& into);
 void add_block(const Sums& sums, float* into, std::int64_t stride);  // into += sums

@@ -151,6 +151,7 @@ HeadResult run_head(const HeadInputs& in, const HeadOptions& options) {
 struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& hidden, const at::Tensor& weight,
                             const at::Tensor& labels, const c10::intrusive_ptr<HeadOptionsHolder>& holder) {
+    const at::AutoDispatchBelowADInplaceOrView untracked;
     HeadResult result =
         run_head({hidden, weight, labels, hidden.requires_grad(), weight.requires_grad()}, holder->options);
     ctx->saved_data["options"] = c10::IValue::make_capsule(holder);
@@ -162,6 +163,7 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
+    const at::AutoDispatchBelowADInplaceOrView untracked;
     const auto take = [&](const char* key) {
       const auto it = ctx->saved_data.find(key);
       check_internal(it != ctx->saved_data.end(), "the fused head's backward can run once only");

@@ -152,6 +152,7 @@ at::Tensor masked(const at::Tensor& x_any, const at::Tensor& residual_any, const
 struct Dropout : torch::autograd::Function<Dropout> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
                             const std::optional<at::Tensor>& residual, const DropoutSite& site) {
+    const at::AutoDispatchBelowADInplaceOrView untracked;
     ctx->saved_data["has_residual"] = residual.has_value();
     ctx->saved_data["probability"] = site.probability;
     ctx->saved_data["key"] = static_cast<std::int64_t>(site.key);
@@ -159,6 +160,7 @@ struct Dropout : torch::autograd::Function<Dropout> {
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
+    const at::AutoDispatchBelowADInplaceOrView untracked;
     const DropoutSite site{.probability = ctx->saved_data["probability"].toDouble(),
                            .key = static_cast<std::uint64_t>(ctx->saved_data["key"].toInt())};
     return {masked(grads[0], {}, site), ctx->saved_data["has_residual"].toBool() ? grads[0] : at::Tensor(), {}};

@@ -45,6 +45,7 @@ void add_rows(const at::Tensor& ids, const at::Tensor& grad, std::int64_t zero_r
 struct Embedding : torch::autograd::Function<Embedding> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& weight, const at::Tensor& ids,
                             std::int64_t zero_row, const c10::intrusive_ptr<TiedHolder>& holder) {
+    const at::AutoDispatchBelowADInplaceOrView untracked;
     ctx->save_for_backward({ids});
     ctx->saved_data["rows"] = weight.size(0);
     ctx->saved_data["zero_row"] = zero_row;
@@ -53,6 +54,7 @@ struct Embedding : torch::autograd::Function<Embedding> {
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
+    const at::AutoDispatchBelowADInplaceOrView untracked;
     const at::Tensor ids = ctx->get_saved_variables()[0];
     const at::Tensor grad = grads[0].contiguous();
     const auto capsule = ctx->saved_data["holder"].toCapsule();

@@ -65,6 +65,7 @@ at::Tensor run_backward(const at::Tensor& grad, const at::Tensor& gate_up) {
 
 struct SiluAndMul : torch::autograd::Function<SiluAndMul> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& gate_up_any) {
+    const at::AutoDispatchBelowADInplaceOrView untracked;
     const at::Tensor gate_up = gate_up_any.contiguous();
     ctx->save_for_backward({gate_up});
     at::Tensor out;
@@ -73,6 +74,7 @@ struct SiluAndMul : torch::autograd::Function<SiluAndMul> {
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
+    const at::AutoDispatchBelowADInplaceOrView untracked;
     const at::Tensor gate_up = ctx->get_saved_variables()[0], grad = grads[0].contiguous();
     at::Tensor result;
     with_element_type(grad.scalar_type(),

@@ -1,8 +1,9 @@
 #pragma once
-// y = x W^T + b, the layout of torch.nn.Linear. x [T, I], weight [O, I] (either dimension dense), bias [O] or
-// undefined; all of one dtype. Autograd saves x and the weights (never a copy: the weights' storage may be freed and
-// refilled before backward). Products by matrix_product.hpp; where it multiplies bf16 itself the bias is added and its
-// gradient summed in fp32. The bits do not depend on the number of threads.
+// y = x W^T + b, the layout of torch.nn.Linear. x [T, I], weight [O, I], bias [O] or undefined; all of one dtype. A
+// weight's gradient has the dtype that its leaf asks for (set_grad_dtype) and the numbers that its own would hold.
+// Autograd saves x and the weights (never a copy: the weights' storage may be freed and refilled before backward).
+// Products by matrix_product.hpp; where it multiplies bf16 itself the bias is added and its gradient summed in fp32.
+// The bits do not depend on the number of threads.
 #include <vector>
 
 #include <ATen/core/Tensor.h>
@@ -16,6 +17,7 @@ at::Tensor apply_linear(const at::Tensor& x, const at::Tensor& weight, const at:
 struct LinearOperands {
   at::Tensor weight;
   at::Tensor bias = {};
+  bool is_transposed = false;  // weight [I, O], as GPT-2's Conv1D has it, and its gradient with it; one layer alone
 };
 // Several layers of the same x, all with a bias or all without, weights [O_i, I] dense in I, as one product each way ->
 // [T, sum of O_i], the results side by side (see split_columns). The gradient of x is one sum over all outputs; those

@@ -125,6 +125,11 @@ at::Tensor matrix_product(const at::Tensor& left, at::TensorList right_parts, st
   return matrix_product(left, joined(right_parts, dim), bias);
 }
 
+at::Tensor matrix_product_in(at::ScalarType dtype, const at::Tensor& left, const at::Tensor& right) {
+  if (dtype == at::kFloat && takes_bf16_products(left)) return bf16_gemm_widened(left, right);
+  return matrix_product(left, right).to(dtype);
+}
+
 void matrix_product_add(const at::Tensor& left, const at::Tensor& right, at::Tensor& into) {
   if (takes_bf16_products(left)) return bf16_gemm_add(left, right, into);
   if (takes_fp32_products(left)) return fp32_gemm_add(left, right, into);

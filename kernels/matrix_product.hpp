@@ -22,6 +22,9 @@ at::Tensor matrix_product(const at::Tensor& left, const at::Tensor& right, const
 // or fp32_gemm.hpp multiplies and all parts but the last are multiples of 32 long.
 at::Tensor matrix_product(const at::Tensor& left, at::TensorList right_parts, std::int64_t dim, const at::Tensor& bias);
 
+// matrix_product(left, right) in `dtype`, which holds all its numbers; not rounded less for that.
+at::Tensor matrix_product_in(at::ScalarType dtype, const at::Tensor& left, const at::Tensor& right);
+
 // into [M, N] += left right, fp32 with dense rows. 16-bit products are rounded to 16 bits before they are added, except
 // on a processor with bf16 products.
 void matrix_product_add(const at::Tensor& left, const at::Tensor& right, at::Tensor& into);

@@ -260,6 +260,7 @@ struct Norm : torch::autograd::Function<Norm> {
 
   static Tensors forward(Context* ctx, const at::Tensor& x_any, const Optional& branch, const at::Tensor& weight,
                          const Optional& bias, const NormOptions& options) {
+    const at::AutoDispatchBelowADInplaceOrView untracked;
     const at::Tensor x = x_any.contiguous();
     const ResidualAdd add{x, branch ? branch->contiguous() : at::Tensor(), options.dropout};
     const NormForward io{branch ? at::empty_like(x) : x,
@@ -278,6 +279,7 @@ struct Norm : torch::autograd::Function<Norm> {
   }
 
   static Tensors backward(Context* ctx, const Tensors& grads) {
+    const at::AutoDispatchBelowADInplaceOrView untracked;
     const Tensors saved = ctx->get_saved_variables();
     const at::Tensor &x = saved[0], &mean = saved[2];
     const at::Tensor grad = grads[0].defined() ? grads[0].contiguous() : at::zeros_like(x);
@@ -297,7 +299,7 @@ struct Norm : torch::autograd::Function<Norm> {
                           at::zeros({num_row_blocks(x.size(0)), sums_width}, at::kFloat)};
     with_element_type(x.scalar_type(), [&](auto element) { run_rows_backward<decltype(element)>(io, add); });
     const at::Tensor sums = io.dw_blocks.sum(0);
-    Tensors result{io.dx, {}, sums.slice(0, 0, width), {}, {}};
+    Tensors result{io.dx, {}, mean.defined() ? sums.slice(0, 0, width) : sums, {}, {}};
     if (has_branch) result[1] = add.dropout.is_active() ? add.dbranch : io.dx;
     if (mean.defined()) result[3] = sums.slice(0, width);
     return result;

@@ -48,11 +48,13 @@ at::Tensor rotate(const at::Tensor& x_any, const RopeTables& tables, float direc
 struct Rope : torch::autograd::Function<Rope> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& cos,
                             const at::Tensor& sin) {
+    const at::AutoDispatchBelowADInplaceOrView untracked;
     ctx->save_for_backward({cos, sin});
     return rotate(x, {cos, sin}, 1.0F);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
+    const at::AutoDispatchBelowADInplaceOrView untracked;
     const auto saved = ctx->get_saved_variables();
     return {rotate(grads[0], {saved[0], saved[1]}, -1.0F), {}, {}};
   }

@@ -1,9 +1,12 @@
 #include "kernels/side_by_side.hpp"
 
+#include <numeric>
 #include <utility>
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
+
+#include "core/error.hpp"
 
 namespace shardtune {
 namespace {
@@ -22,14 +25,20 @@ bool are_cut_from_one(at::TensorList parts) {
   return stride == width;
 }
 
-struct SplitColumns : torch::autograd::Function<SplitColumns> {
+// Parts of x [M, N] along its columns, [M, sizes[i], inner]; inner 0: [M, sizes[i]].
+struct Split : torch::autograd::Function<Split> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* /*ctx*/, const at::Tensor& x,
-                                                const std::vector<std::int64_t>& sizes) {
-    return x.split_with_sizes(sizes, 1);
+                                                const std::vector<std::int64_t>& sizes, std::int64_t inner) {
+    const at::AutoDispatchBelowADInplaceOrView untracked;
+    return (inner == 0 ? x : x.view({x.size(0), x.size(1) / inner, inner})).split_with_sizes(sizes, 1);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* /*ctx*/,
                                                  const torch::autograd::variable_list& grads) {
-    return {side_by_side(grads), at::Tensor()};
+    const at::AutoDispatchBelowADInplaceOrView untracked;
+    if (grads[0].dim() == 2) return {side_by_side(grads), at::Tensor(), at::Tensor()};
+    std::vector<at::Tensor> matrices;
+    for (const at::Tensor& grad : grads) matrices.push_back(grad.reshape({grad.size(0), grad.size(1) * grad.size(2)}));
+    return {side_by_side(matrices), at::Tensor(), at::Tensor()};
   }
 };
 
@@ -42,7 +51,13 @@ at::Tensor side_by_side(at::TensorList parts) {
 }
 
 std::vector<at::Tensor> split_columns(const at::Tensor& x, std::vector<std::int64_t> sizes) {
-  return SplitColumns::apply(x, std::move(sizes));
+  return Split::apply(x, std::move(sizes), std::int64_t{0});
+}
+
+std::vector<at::Tensor> split_heads(const at::Tensor& x, std::vector<std::int64_t> heads) {
+  const std::int64_t num_heads = std::accumulate(heads.begin(), heads.end(), std::int64_t{0});
+  check_internal(num_heads > 0 && x.size(1) % num_heads == 0, "split_heads takes rows of whole heads");
+  return Split::apply(x, std::move(heads), x.size(1) / num_heads);
 }
 
 }  // namespace shardtune

@@ -93,6 +93,7 @@ class Bert : public Model {
 
   std::vector<Unit*> units() override { return parts_.units(); }
   std::int64_t max_positions() const override { return config_.max_positions; }
+  std::int64_t num_token_ids() const override { return config_.vocab_size; }
   bool uses_token_types() const override { return true; }
   nlohmann::json config_json() const override { return exported_; }
   bool is_head_parameter(const std::string& name) const override {
@@ -146,13 +147,12 @@ at::Tensor Bert::embed(const Batch& batch, const ForwardContext& context) const 
 at::Tensor Bert::run_layer(std::int64_t n, const at::Tensor& hidden_TD, AttentionOptions attention,
                            const ForwardContext& context) const {
   const BertLayer& layer = layers_[static_cast<std::size_t>(n)];
-  const std::int64_t tokens = hidden_TD.size(0), heads = config_.num_heads, size = config_.hidden_size;
+  const std::int64_t tokens = hidden_TD.size(0), heads = config_.num_heads;
   const at::Tensor all_T3D =
       apply_linears(hidden_TD, {layer.query.operands(), layer.key.operands(), layer.value.operands()});
-  const auto parts_TD = split_columns(all_T3D, {size, size, size});
-  const auto part = [&](std::size_t i) { return parts_TD[i].view({tokens, heads, -1}); };
+  const auto parts_THK = split_heads(all_T3D, {heads, heads, heads});
   attention.dropout = make_dropout_site(context, layer_site(n, 0), config_.attention_dropout);
-  const at::Tensor mixed_THK = varlen_attention(part(0), part(1), part(2), attention);
+  const at::Tensor mixed_THK = varlen_attention(parts_THK[0], parts_THK[1], parts_THK[2], attention);
   const auto hidden_dropout = [&](std::int64_t place) {
     return make_dropout_site(context, layer_site(n, place), config_.hidden_dropout);
   };

@@ -65,7 +65,7 @@ Gpt2Config read_config(const ModelRequest& request) {
 // transformers' Conv1D: y = x W + b with W [in, out].
 struct Conv1dParameters {
   Parameter *weight = nullptr, *bias = nullptr;
-  LinearOperands operands() const { return {weight->value.t(), bias->value}; }
+  LinearOperands operands() const { return {weight->value, bias->value, /*is_transposed=*/true}; }
   at::Tensor operator()(const at::Tensor& x) const { return apply_linears(x, {operands()}); }
 };
 
@@ -81,6 +81,7 @@ class Gpt2 : public Model {
 
   std::vector<Unit*> units() override { return parts_.units(); }
   std::int64_t max_positions() const override { return config_.max_positions; }
+  std::int64_t num_token_ids() const override { return config_.vocab_size; }
   bool uses_token_types() const override { return false; }
   nlohmann::json config_json() const override { return exported_; }
   bool is_head_parameter(const std::string& name) const override { return name == "lm_head.weight"; }
@@ -143,9 +144,10 @@ at::Tensor Gpt2::run_layer(std::int64_t n, const at::Tensor& x_TD, AttentionOpti
   const std::int64_t tokens = x_TD.size(0), size = config_.hidden_size;
   attention.dropout = make_dropout_site(context, layer_site(n, 0), config_.attention_dropout);
   if (config_.scales_by_layer) attention.scale /= static_cast<double>(n + 1);
-  const auto parts_TD = split_columns(layer.query_key_value(layer.norm_1(x_TD)), {size, size, size});
-  const auto part = [&](std::size_t i) { return parts_TD[i].view({tokens, config_.num_heads, -1}); };
-  const at::Tensor mixed_TD = varlen_attention(part(0), part(1), part(2), attention).view({tokens, size});
+  const std::int64_t heads = config_.num_heads;
+  const auto parts_THK = split_heads(layer.query_key_value(layer.norm_1(x_TD)), {heads, heads, heads});
+  const at::Tensor mixed_TD =
+      varlen_attention(parts_THK[0], parts_THK[1], parts_THK[2], attention).view({tokens, size});
   const auto residual_dropout = [&](std::int64_t place) {
     return make_dropout_site(context, layer_site(n, place), config_.residual_dropout);
   };

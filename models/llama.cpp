@@ -163,6 +163,7 @@ class Llama : public Model {
 
   std::vector<Unit*> units() override { return parts_.units(); }
   std::int64_t max_positions() const override { return config_.max_positions; }
+  std::int64_t num_token_ids() const override { return config_.vocab_size; }
   bool uses_token_types() const override { return false; }
   nlohmann::json config_json() const override { return exported_; }
   bool is_head_parameter(const std::string& name) const override { return name == "lm_head.weight"; }
@@ -217,14 +218,12 @@ void Llama::add_layer(std::int64_t n) {
 
 at::Tensor Llama::attend(const LlamaLayer& layer, const at::Tensor& x_TD, const AttentionOptions& attention,
                          const RopeTables& tables) const {
-  const std::int64_t tokens = x_TD.size(0), keys = config_.num_kv_heads * config_.head_size;
   const at::Tensor all_TN = apply_linears(x_TD, {layer.query.operands(), layer.key.operands(), layer.value.operands()});
-  const auto parts_TN = split_columns(all_TN, {all_TN.size(1) - 2 * keys, keys, keys});
-  const auto part = [&](std::size_t i) { return parts_TN[i].view({tokens, -1, config_.head_size}); };
+  const auto parts = split_heads(all_TN, {config_.num_heads, config_.num_kv_heads, config_.num_kv_heads});
   // Attention keeps the values until backward: not all of the product for their sake.
-  const at::Tensor v_TGK = part(2).contiguous();
-  const at::Tensor mixed_THK = varlen_attention(rope(part(0), tables), rope(part(1), tables), v_TGK, attention);
-  return layer.output(mixed_THK.view({tokens, -1}));
+  const at::Tensor v_TGK = parts[2].contiguous();
+  const at::Tensor mixed_THK = varlen_attention(rope(parts[0], tables), rope(parts[1], tables), v_TGK, attention);
+  return layer.output(mixed_THK.view({x_TD.size(0), -1}));
 }
 
 at::Tensor Llama::run_mlp(const LlamaLayer& layer, const at::Tensor& x_TD) const {

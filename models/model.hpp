@@ -42,6 +42,7 @@ class Model {
                               const ForwardOptions& options) = 0;
   // Longest segment the architecture can take (position table), in tokens.
   virtual std::int64_t max_positions() const = 0;
+  virtual std::int64_t num_token_ids() const = 0;  // rows of the token table; a tokenizer may know fewer
   virtual bool uses_token_types() const = 0;
   // config.json of the exported model (architectures, id2label, dtype float32 ...), HF format.
   virtual nlohmann::json config_json() const = 0;

@@ -6,6 +6,7 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include "kernels/instruction_set.hpp"
 #include "kernels/side_by_side.hpp"
@@ -52,19 +53,76 @@ TEST(Linear, ValuesAndGradientsLieWithinTheRoundingOfFp64) {
     }
 }
 
+TEST(Linear, WeightsStoredTransposedGiveTheSameResults) {
+  for (const at::ScalarType dtype : kDtypes) {
+    const at::Tensor given_x = random_tensor(1, {75, 90}, dtype), given_w = random_tensor(2, {70, 90}, dtype);
+    const at::Tensor seed = random_tensor(3, {75, 70}, dtype);
+    for (const bool is_transposed : {false, true}) {
+      const at::Tensor x = leaf(given_x), w = leaf(is_transposed ? given_w.t().contiguous() : given_w);
+      const at::Tensor y = apply_linears(x, {{.weight = w, .is_transposed = is_transposed}});
+      const auto grads = gradients(y, seed, {x, w});
+      const at::Tensor dw = is_transposed ? grads[1].t() : grads[1];
+      const at::Tensor ax = magnitude(given_x), aw = magnitude(given_w), g = exact(seed), ag = magnitude(seed);
+      expect_within(y, at::mm(exact(given_x), exact(given_w).t()), 92 * kUnit * at::mm(ax, aw.t()), "y");
+      expect_within(grads[0], at::mm(g, exact(given_w)), 72 * kUnit * at::mm(ag, aw), "dx");
+      expect_within(dw, at::mm(g.t(), exact(given_x)), 77 * kUnit * at::mm(ag.t(), ax), "dw");
+    }
+  }
+}
+
 TEST(Linear, WeightsStoredTransposedGetTheirGradientInTheirLayout) {
   const at::Tensor given_x = random_tensor(1, {75, 90}, at::kBFloat16);
   const at::Tensor given_w = random_tensor(2, {70, 90}, at::kBFloat16);
   const at::Tensor seed = random_tensor(3, {75, 70}, at::kBFloat16);
   const auto weight_gradient = [&](bool is_transposed) {
     const at::Tensor w = leaf(is_transposed ? given_w.t().contiguous() : given_w);
-    return gradients(apply_linear(given_x, is_transposed ? w.t() : w), seed, {w})[0];
+    return gradients(apply_linears(given_x, {{.weight = w, .is_transposed = is_transposed}}), seed, {w})[0];
   };
   EXPECT_TRUE(weight_gradient(true).is_contiguous());
   expect_same_bits_for_any_thread_count([&] { return std::vector<at::Tensor>{weight_gradient(true)}; }, "dw");
   // ATen's products may add in another order in the other layout; their values are tested above.
   if (instruction_set() < InstructionSet::avx512_bf16) return;
   expect_same_bits(weight_gradient(true), weight_gradient(false).t(), "dw");
+}
+
+// As the engine's leaves: their gradients are fp32. The last one is large enough to be written past the caches.
+TEST(Linear, GradientsInAWiderDtypeHoldTheSameNumbers) {
+  for (const auto& [out, in] : {std::pair{77, 90}, {64, 96}, {2080, 2048}})
+    for (const bool is_transposed : {false, true})
+      for (const at::ScalarType dtype : kDtypes) {
+        const at::Tensor x = random_tensor(1, {75, in}, dtype), given_w = random_tensor(2, {out, in}, dtype),
+                         seed = random_tensor(4, {75, out}, dtype);
+        const auto gradient = [&](bool is_wide) {
+          const at::Tensor w = leaf(is_transposed ? given_w.t().contiguous() : given_w);
+          if (is_wide) w.set_grad_dtype(at::kFloat);
+          apply_linears(x, {{.weight = w, .is_transposed = is_transposed}}).backward(seed);
+          return w.grad();
+        };
+        EXPECT_EQ(gradient(true).scalar_type(), at::kFloat);
+        expect_same_bits(gradient(true), gradient(false).to(at::kFloat), fmt::format("{} x {}", out, in));
+      }
+}
+
+TEST(Linear, GradientsOfSeveralLayersInAWiderDtypeHoldTheSameNumbers) {
+  for (const std::int64_t tokens : {0, 75})
+    for (const bool has_frozen : {false, true})
+      for (const at::ScalarType dtype : kDtypes) {
+        const at::Tensor x = random_tensor(1, {tokens, 90}, dtype), seed = random_tensor(4, {tokens, 136}, dtype);
+        const auto run = [&](bool is_wide) {
+          std::vector<LinearOperands> layers;
+          for (const std::int64_t out : {64, 65, 7}) {
+            const at::Tensor w = random_tensor(static_cast<std::uint64_t>(out), {out, 90}, dtype);
+            layers.push_back({has_frozen && out == 65 ? w : leaf(w)});
+            if (is_wide && layers.back().weight.requires_grad()) layers.back().weight.set_grad_dtype(at::kFloat);
+          }
+          apply_linears(x, layers).backward(seed);
+          std::vector<at::Tensor> grads;
+          for (const LinearOperands& layer : layers)
+            if (layer.weight.requires_grad()) grads.push_back(layer.weight.grad().to(at::kFloat));
+          return grads;
+        };
+        expect_same_bits(run(true), run(false), "dw");
+      }
 }
 
 TEST(Linear, BiasGradientOfBf16IsSummedInFp32) {
@@ -168,9 +226,9 @@ TEST(Linear, AnActivationInTheStoreChangesNoBit) {
         const auto run = [&](bool at_once) {
           const at::Tensor x = leaf(random_tensor(1, {75, 90}, dtype)), b = leaf(random_tensor(3, {77}, dtype));
           const at::Tensor w = leaf(is_transposed ? given_w.t().contiguous() : given_w);
-          const LinearOperands layer{is_transposed ? w.t() : w, b};
-          const at::Tensor y = at_once ? apply_activated_linear(x, layer, activation)
-                                       : activate(apply_linear(x, layer.weight, b), activation);
+          const LinearOperands layer{w, b, is_transposed};
+          const at::Tensor y =
+              at_once ? apply_activated_linear(x, layer, activation) : activate(apply_linears(x, {layer}), activation);
           auto all = gradients(y, seed, {x, w, b});
           all.push_back(y);
           return all;
@@ -206,6 +264,26 @@ TEST(SideBySide, OnlyWhatLiesSideBySideIsAView) {
   expect({columns(0, 3), columns(4, 6)}, false);
   expect({columns(0, 3), columns(3, 3)}, false);  // not the whole rows
   expect({columns(0, 3), columns(3, 7).clone()}, false);
+}
+
+TEST(SideBySide, HeadsAreViewsAndTheirGradientsComeTogether) {
+  const at::Tensor x = leaf(random_tensor(1, {6, 20})), seed = random_tensor(2, {6, 20});
+  const auto parts = split_heads(x, {3, 1, 1});
+  for (std::size_t i = 0, first = 0; i < 3; first += i++ == 0 ? 3 : 1) {
+    const std::int64_t heads = i == 0 ? 3 : 1;
+    EXPECT_EQ(parts[i].sizes(), at::IntArrayRef({6, heads, 4}));
+    EXPECT_TRUE(parts[i].is_alias_of(x));
+    expect_same_bits(parts[i].reshape({6, -1}), x.narrow(1, 4 * static_cast<std::int64_t>(first), 4 * heads), "part");
+  }
+  const auto weighted = [&](std::size_t i, std::int64_t at) {
+    return (parts[i].reshape({6, -1}) * seed.narrow(1, at, 4 * parts[i].size(1))).sum();
+  };
+  expect_same_bits(gradients(weighted(0, 0) + weighted(1, 12) + weighted(2, 16), at::ones({}), {x})[0], seed, "dx");
+  // Cut from one tensor, as attention's gradients are.
+  const auto cut = seed.view({6, 5, 4}).split_with_sizes({3, 1, 1}, 1);
+  const auto of_cut = torch::autograd::grad(split_heads(x, {3, 1, 1}), {x}, cut);
+  EXPECT_TRUE(of_cut[0].is_alias_of(seed));
+  expect_same_bits(of_cut[0], seed, "dx of views");
 }
 
 TEST(Linear, RepeatedRunsGiveTheSameBits) {
