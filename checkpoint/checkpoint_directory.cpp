@@ -143,6 +143,11 @@ std::vector<std::filesystem::path> remove_stale_directories(const std::filesyste
   return removed;
 }
 
+std::filesystem::path absolute_checkpoint(const std::filesystem::path& checkpoint_dir) {
+  std::filesystem::path path = std::filesystem::absolute(checkpoint_dir).lexically_normal();
+  return path.has_filename() ? path : path.parent_path();
+}
+
 std::vector<CheckpointInfo> list_checkpoints(const std::filesystem::path& output_dir) {
   std::vector<CheckpointInfo> found;
   for (const std::filesystem::path& entry : entries_of(output_dir)) {

@@ -136,6 +136,8 @@ void set_save_phase_hook(SavePhaseHook hook);
 
 // --- offline, no communicator, constant memory -----------------------------------------------------------------
 std::vector<CheckpointInfo> list_checkpoints(const std::filesystem::path& output_dir);
+// A checkpoint's path as an absolute one without a slash at its end: its parent is the output directory.
+std::filesystem::path absolute_checkpoint(const std::filesystem::path& checkpoint_dir);
 // Every byte of every file against manifest and block tables. Returns problems (empty = good).
 std::vector<std::string> verify_checkpoint(const std::filesystem::path& checkpoint_dir);
 // The files of a model directory that lie beside the shards (configuration, tokenizer, trainer state) have the digests of

@@ -1,7 +1,12 @@
 #pragma once
-// Names of the files of a Hugging Face model directory that are no weights.
+// The files of a Hugging Face model directory that are no weights.
+#include <string>
+#include <utility>
+#include <vector>
 
 namespace shardtune {
+
+using CompanionFiles = std::vector<std::pair<std::string, std::string>>;  // names and contents
 
 // What makes up a tokenizer; a directory holds some of them.
 inline constexpr const char* kTokenizerFiles[] = {"tokenizer.json",

@@ -71,17 +71,21 @@ const std::string& text_of(const DatasetOptions& options, const nlohmann::json& 
   return it->get_ref<const std::string&>();
 }
 
+std::int64_t num_ids(const DatasetOptions& options, const Tokenizer& tokenizer) {
+  return options.num_token_ids > 0 ? options.num_token_ids : tokenizer.vocab_size();
+}
+
 std::vector<std::int32_t> input_ids_of(const DatasetOptions& options, const nlohmann::json& ids, std::int64_t line,
-                                       std::int64_t vocab_size) {
+                                       std::int64_t limit) {
   if (!ids.is_array() || ids.empty()) refuse(options, line, "input_ids must be an array of at least one token id");
   std::vector<std::int32_t> result;
   result.reserve(ids.size());
   for (const nlohmann::json& id : ids) {
-    const bool is_valid = id.is_number_integer() && id >= 0 && id < vocab_size;
+    const bool is_valid = id.is_number_integer() && id >= 0 && id < limit;
     if (!is_valid)
       refuse(options, line,
              fmt::format("input_ids[{}] = {} is no token id; they are integers from 0 to {}", result.size(),
-                         shortened(id.dump()), vocab_size - 1));
+                         shortened(id.dump()), limit - 1));
     result.push_back(id.get<std::int32_t>());
   }
   return result;
@@ -232,7 +236,7 @@ class ClassificationDataset final : public Dataset {
     row.line = line;
     if (const auto ids = json.find(kInputIds);
         ids != json.end() && options_.text_column != kInputIds && !ids->is_string()) {
-      add_ids(row, input_ids_of(options_, *ids, line, tokenizer_.vocab_size()));
+      add_ids(row, input_ids_of(options_, *ids, line, num_ids(options_, tokenizer_)));
     } else {
       const std::string& text = text_of(options_, json, line, options_.text_column, "text_column");
       bytes_ += text;
@@ -285,10 +289,12 @@ class CausalLmDataset final : public Dataset {
     const auto handler = [&](nlohmann::json&& row, std::int64_t line) {
       const auto ids = row.find(kInputIds);
       if (ids != row.end() && options.text_column != kInputIds && !ids->is_string()) {
-        add(input_ids_of(options, *ids, line, tokenizer.vocab_size()), options, line);
+        add(input_ids_of(options, *ids, line, num_ids(options, tokenizer)), options, line);
       } else {
         const std::string& text = text_of(options, row, line, options.text_column, "text_column");
-        add(tokenizer.encode(text, std::nullopt, EncodeOptions{}).ids, options, line);
+        const std::vector<std::int32_t> tokens = tokenizer.encode(text, std::nullopt, EncodeOptions{}).ids;
+        check_known(tokens, options, line);
+        add(tokens, options, line);
       }
     };
     read_rows(options.file, handler, options.column_names, options.max_rows);
@@ -314,6 +320,14 @@ class CausalLmDataset final : public Dataset {
   }
 
  private:
+  static void check_known(const std::vector<std::int32_t>& ids, const DatasetOptions& options, std::int64_t line) {
+    const auto largest = std::max_element(ids.begin(), ids.end());
+    if (options.num_token_ids > 0 && largest != ids.end() && *largest >= options.num_token_ids)
+      refuse(options, line,
+             fmt::format("the text has the token id {}, but the model's table has {} rows; tokenizer and model do not "
+                         "belong together",
+                         *largest, options.num_token_ids));
+  }
   void add(const std::vector<std::int32_t>& ids, const DatasetOptions& options, std::int64_t line) {
     const auto total = static_cast<std::int64_t>(ids.size());
     const std::int64_t longest = options.max_length > 0 ? options.max_length : std::max<std::int64_t>(total, 1);

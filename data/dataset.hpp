@@ -37,8 +37,9 @@ struct DatasetOptions {
   // Causal LM: row i is example i, whole, even with a single token (score). Rows longer than max_length and rows without
   // tokens are refused: Error{data}.
   bool one_example_per_row = false;
-  std::int64_t max_length = 0;  // truncation in tokens, special tokens counted; 0 = none
-  std::int64_t max_rows = 0;    // first rows of the file, 0 = all; what follows is not read
+  std::int64_t num_token_ids = 0;  // that the model knows; 0 = those of the tokenizer
+  std::int64_t max_length = 0;     // truncation in tokens, special tokens counted; 0 = none
+  std::int64_t max_rows = 0;       // first rows of the file, 0 = all; what follows is not read
 };
 
 // Class names found in the label column of all rows (max_rows does not count), ordered as Hugging Face's run_glue.py
@@ -50,7 +51,7 @@ std::vector<std::string> collect_labels(const DatasetOptions& options);
 // no JSON object, a missing column, a label not in `labels`, no rows at all); tokenization happens in get().
 // A label may be a name in `labels` or, when the file gives an integer and no name in `labels` is one, its index.
 // A row may give "input_ids" (array of token ids) instead of text: they are taken as they are, and checked against
-// vocab_size() and max_length. The text stays in one byte buffer, 40 bytes a row beside it. The tokenizer must outlive
+// num_token_ids and max_length. The text stays in one byte buffer, 40 bytes a row beside it. The tokenizer must outlive
 // the data set.
 std::unique_ptr<Dataset> make_classification_dataset(const DatasetOptions& options,
                                                      const std::vector<std::string>& labels,
@@ -58,8 +59,9 @@ std::unique_ptr<Dataset> make_classification_dataset(const DatasetOptions& optio
 // One row = one segment (packing makes concatenation unnecessary); rows longer than max_length are cut into several
 // examples of at most max_length tokens. Rows and rests of fewer than 2 tokens carry nothing to predict and are dropped
 // (counted in a warning). No token is added beyond what the tokenizer's post-processor adds (as run_clm.py). The number
-// of examples depends on the tokens, so here the rows are tokenized at construction and kept as 4 bytes a token.
-// `one_example_per_row` changes both. max_rows counts rows of the file. text_pair_column and label_column are not read.
+// of examples depends on the tokens, so here the rows are tokenized at construction, checked against num_token_ids, and
+// kept as 4 bytes a token. `one_example_per_row` changes both. max_rows counts rows of the file. text_pair_column and
+// label_column are not read.
 std::unique_ptr<Dataset> make_causal_lm_dataset(const DatasetOptions& options, const Tokenizer& tokenizer);
 
 }  // namespace shardtune

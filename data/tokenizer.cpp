@@ -10,7 +10,6 @@
 #include "core/error.hpp"
 #include "core/file.hpp"
 #include "core/json.hpp"
-#include "core/model_files.hpp"
 #include "data/added_tokens.hpp"
 #include "data/normalizer.hpp"
 #include "data/post_processor.hpp"
@@ -256,8 +255,8 @@ std::unique_ptr<Tokenizer> load_tokenizer(const std::filesystem::path& model_dir
   return std::make_unique<JsonTokenizer>(std::move(parts));
 }
 
-std::vector<std::pair<std::string, std::string>> tokenizer_files(const std::filesystem::path& model_dir) {
-  std::vector<std::pair<std::string, std::string>> files;
+CompanionFiles tokenizer_files(const std::filesystem::path& model_dir) {
+  CompanionFiles files;
   for (const char* name : kTokenizerFiles)
     if (const std::filesystem::path file = model_dir / name; std::filesystem::is_regular_file(file))
       files.emplace_back(name, read_file(file, kMaxFileBytes));

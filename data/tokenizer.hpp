@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "core/model_files.hpp"
+
 namespace shardtune {
 
 struct Encoding {
@@ -42,6 +44,6 @@ class Tokenizer {
 std::unique_ptr<Tokenizer> load_tokenizer(const std::filesystem::path& model_dir);
 
 // The files of a tokenizer that an exported model must carry, present in model_dir: name and content.
-std::vector<std::pair<std::string, std::string>> tokenizer_files(const std::filesystem::path& model_dir);
+CompanionFiles tokenizer_files(const std::filesystem::path& model_dir);
 
 }  // namespace shardtune

@@ -21,11 +21,14 @@ std::vector<CheckpointInfo> checkpoints_at(const fs::path& path) {
     fail(ErrorKind::data, fmt::format("{}: no such directory; give an output directory or a checkpoint-<step> in it", path.string()));
   const bool is_output_dir = !path.filename().string().starts_with("checkpoint-") && !fs::exists(path / "manifest.json");
   if (is_output_dir) return list_checkpoints(path);
-  const fs::path absolute = fs::absolute(path).lexically_normal();
-  const fs::path directory = absolute.filename().empty() ? absolute.parent_path() : absolute;
+  const fs::path directory = absolute_checkpoint(path);
   for (CheckpointInfo& info : list_checkpoints(directory.parent_path()))
     if (info.directory.filename() == directory.filename()) return {info};
-  return {CheckpointInfo{.directory = directory, .problem = "is no committed checkpoint (no manifest.json)"}};
+  const char* problem = !fs::exists(directory / "manifest.json") ? "is no committed checkpoint (no manifest.json)"
+                        : directory.filename().string().starts_with("checkpoint-")
+                            ? "was set aside or is unfinished, as its name says"
+                            : "is a checkpoint under another name; rename it to checkpoint-<step>, the step that its manifest.json says";
+  return {CheckpointInfo{.directory = directory, .problem = problem}};
 }
 
 int list(const fs::path& path) {

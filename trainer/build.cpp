@@ -135,7 +135,7 @@ LoadedModel load_for_inference(const RunOptions& options, Communicator& world) {
       loaded.model->units(), world, parallel_options(options.train, world));
   const auto seed = static_cast<std::uint64_t>(options.train.seed);
   if (!loaded.source.checkpoint_dir.empty()) {
-    CheckpointStore store(loaded.source.checkpoint_dir.parent_path(), world);
+    CheckpointStore store(absolute_checkpoint(loaded.source.checkpoint_dir).parent_path(), world);
     load_checkpoint(store, loaded.source.checkpoint_dir, *loaded.engine, nullptr);
   } else if (!loaded.source.weights_dir.empty()) {
     const WeightReport report = load_pretrained(loaded.source.weights_dir, *loaded.model, *loaded.engine, seed);

@@ -66,6 +66,7 @@ std::unique_ptr<Dataset> open_input(const RunOptions& options, const LoadedModel
   data.one_example_per_row = rows == InputRows::maybe_labelled;
   if (rows == InputRows::unlabelled) data.label_column.clear();
   data.max_rows = options.data.max_eval_samples;
+  data.num_token_ids = loaded.model->num_token_ids();
   return build_dataset(data, options.model.task, loaded.labels, *loaded.tokenizer);
 }
 

@@ -8,6 +8,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "core/model_files.hpp"
 #include "data/tokenizer.hpp"
 #include "models/model.hpp"
 #include "trainer/options.hpp"
@@ -42,9 +43,7 @@ std::unique_ptr<Tokenizer> build_tokenizer(const ModelSource& source);
 // Error{config} when --max_seq_length exceeds what the model allows; 0 = the model's limit, or the tokenizer's if smaller.
 std::int64_t resolve_max_length(const DataOptions& options, const Model& model, const ModelSource& source);
 
-// Everything besides weights that an exported model or checkpoint carries, config.json and tokenizer files: names and
-// contents.
-using CompanionFiles = std::vector<std::pair<std::string, std::string>>;
+// Everything besides weights that an exported model or checkpoint carries: config.json and tokenizer files.
 CompanionFiles companion_files(const Model& model, const ModelSource& source);
 
 }  // namespace shardtune

@@ -147,10 +147,12 @@ void TrainRun::build_data_and_model() {
   if (world_.rank() == 0) companions_ = companion_files(*model_, source_);
   const std::int64_t max_length = resolve_max_length(options_.data, *model_, source_);
   train_options.max_length = max_length;
+  train_options.num_token_ids = model_->num_token_ids();
   train_data_ = build_dataset(train_options, options_.model.task, labels_, *tokenizer_);
   if (!options_.data.validation_file.empty()) {
     DatasetOptions eval_options = dataset_options(options_, options_.data.validation_file, max_length);
     eval_options.max_rows = options_.data.max_eval_samples;
+    eval_options.num_token_ids = model_->num_token_ids();
     eval_data_ = build_dataset(eval_options, options_.model.task, labels_, *tokenizer_);
   }
 }
@@ -263,8 +265,7 @@ fs::path TrainRun::find_checkpoint(std::int64_t step) {
   fs::path found = find_in(store_);
   // Later ones there are another run's.
   if (found.empty() && resumed_step_ >= step) {
-    const fs::path from = fs::absolute(resume_from_).lexically_normal();
-    CheckpointStore before((from.has_filename() ? from : from.parent_path()).parent_path(), world_);
+    CheckpointStore before(absolute_checkpoint(resume_from_).parent_path(), world_);
     found = find_in(before);
   }
   return found;

@@ -188,7 +188,7 @@ void export_tensors(Communicator& world, ParallelEngine& engine, const fs::path&
 }
 
 void export_model(Communicator& world, ParallelEngine& engine, const fs::path& directory,
-                  const std::vector<std::pair<std::string, std::string>>& companion_files) {
+                  const CompanionFiles& companion_files) {
   on_rank_zero(world, [&] { make_directories_durably(directory); });
   export_tensors(world, engine, directory / "model.safetensors", [](const ShardedParameter& p) { return p.master; });
   on_rank_zero(world, [&] {

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "core/model_files.hpp"
 #include "distributed/comm/communicator.hpp"
 #include "distributed/parallel/parallel_engine.hpp"
 #include "models/model.hpp"
@@ -39,6 +40,6 @@ void export_tensors(Communicator& world, ParallelEngine& engine, const std::file
 
 // A Hugging Face model directory: model.safetensors, config.json, tokenizer files; replaces an older one.
 void export_model(Communicator& world, ParallelEngine& engine, const std::filesystem::path& directory,
-                  const std::vector<std::pair<std::string, std::string>>& companion_files);
+                  const CompanionFiles& companion_files);
 
 }  // namespace shardtune

@@ -164,6 +164,21 @@ TEST_F(Datasets, InputIdsReplaceTextAndAreChecked) {
   EXPECT_EQ(error(cut), "a.jsonl:1: input_ids has 3 tokens, more than max_seq_length 2");
 }
 
+TEST_F(Datasets, TheModelsTableDecidesWhichIdsThereAre) {
+  DatasetOptions ids = options("a.jsonl", "{\"input_ids\":[1,1023],\"label\":\"b\"}\n");
+  ids.num_token_ids = 1024;  // padded to a round number, as many models' tables are
+  EXPECT_EQ(make_classification_dataset(ids, {"a", "b"}, tokenizer_)->get(0).ids, (Ids{1, 1023}));
+  EXPECT_EQ(make_causal_lm_dataset(ids, tokenizer_)->get(0).ids, (Ids{1, 1023}));
+  ids.num_token_ids = 1023;
+  EXPECT_EQ(error(ids), "a.jsonl:1: input_ids[1] = 1023 is no token id; they are integers from 0 to 1022");
+  DatasetOptions text = options("b.jsonl", "{\"text\":\"w5\"}\n{\"text\":\"w5 w900\"}\n");
+  text.num_token_ids = 900;
+  EXPECT_EQ(
+      causal_error(text),
+      "b.jsonl:2: the text has the token id 900, but the model's table has 900 rows; tokenizer and model do not belong "
+      "together");
+}
+
 TEST_F(Datasets, CausalLabelsAreTheNextTokensAndTheLastIsNotCounted) {
   const auto dataset =
       make_causal_lm_dataset(options("a.jsonl", "{\"text\":\"w5 w6\"}\n{\"input_ids\":[8,9]}\n"), tokenizer_);

@@ -198,6 +198,16 @@ TEST_F(BadInput, DiskFullDuringASaveKeepsTheOldCheckpoint) {
   EXPECT_EQ(resumed.exit_code, 0) << resumed.output;
 }
 
+TEST_F(BadInput, CheckpointUnderAnotherName) {
+  trained_model();
+  const std::string verify = fmt::format("{} checkpoint verify {}/", shardtune_binary(), options_.train.output_dir);
+  fs::rename(fs::path(options_.train.output_dir) / "checkpoint-2", fs::path(options_.train.output_dir) / "best");
+  EXPECT_EQ(run_command(verify + "checkpoint-1/").exit_code, 0);
+  for (const char* name : {"best", "best/"}) expect_failure(verify + name, 3, {"/best", "rename it to checkpoint-<step>"});
+  fs::rename(fs::path(options_.train.output_dir) / "best", fs::path(options_.train.output_dir) / "checkpoint-2.rejected-x");
+  expect_failure(verify + "checkpoint-2.rejected-x", 3, {"checkpoint-2.rejected-x", "set aside"});
+}
+
 TEST_F(BadInput, OutputDirectoryWithCheckpointsNeedsADecision) {
   trained_model();
   expect_train_failure("", 2, {"output_dir", "resume_from_checkpoint", "overwrite_output_dir"});
