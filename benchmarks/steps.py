@@ -56,13 +56,16 @@ def argument_parser(doc, shape):
     return parser
 
 
-def step_seconds(options, folder, ranks, arguments, num_jobs=1, rows=None):
-    """Seconds of each step of a job, or of several at a time, with one thread a rank, each on a core of its own while there are any."""
+def step_seconds(options, folder, ranks, arguments, num_jobs=1, rows=None, num_steps=None):
+    """Seconds of each step of a job, or of several at a time, with one thread a rank, each on a core of its own while there are any.
+
+    num_steps: counted ones, options.steps when not given.
+    """
     rows = rows or SHAPES[options.shape][2]
     task = "causal-lm" if json.loads((folder / "config.json").read_text())["model_type"] == "llama" else "text-classification"
     command = ["mpirun", "--bind-to", "none", "--oversubscribe", "-n", ranks, options.program, "train", "--config_name", folder,
                "--task", task, "--train_file", folder / "train.jsonl", "--overwrite_output_dir",
-               "--per_device_train_batch_size", rows, "--max_steps", options.steps + DROPPED, "--logging_steps", 1,
+               "--per_device_train_batch_size", rows, "--max_steps", (num_steps or options.steps) + DROPPED, "--logging_steps", 1,
                "--save_strategy", "no", "--num_threads", 1, "--disable_tqdm", "--log_level", "error",
                "--bf16", str(options.bf16).lower(), *arguments]
     outputs = [folder / f"out{number}" for number in range(num_jobs)]
