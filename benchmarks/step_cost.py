@@ -60,17 +60,14 @@ def fitted_line(points):
 def measure(options, runs):
     """Repeats of milliseconds of steps of each of `runs`: arguments of shape(), tokens of a row, rows, ranks."""
     with tempfile.TemporaryDirectory() as temporary:
-        folders, work = {}, []
-        for model, tokens, _, _ in runs:
-            folder = folders.setdefault((model, tokens), pathlib.Path(temporary) / "x".join(map(str, (*model, tokens))))
+        arguments, work = ["--sharding", options.plan], []
+        for model, tokens, rows, ranks in runs:
+            folder = pathlib.Path(temporary) / "x".join(map(str, (*model, tokens)))
             if not folder.exists():
                 folder.mkdir()
                 steps.write_inputs(folder, shape(*model), tokens)
-        for model, tokens, rows, ranks in runs:
-            arguments = ["--sharding", options.plan]
             count = num_steps(options.steps, num_parameters(*model), rows * tokens)
-            work.append(functools.partial(steps.step_seconds, options, folders[model, tokens], ranks, arguments, rows=rows,
-                                          num_steps=count))
+            work.append(functools.partial(steps.step_seconds, options, folder, ranks, arguments, rows=rows, num_steps=count))
         return steps.in_turn(options.repeats, work)
 
 

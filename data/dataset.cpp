@@ -71,12 +71,9 @@ const std::string& text_of(const DatasetOptions& options, const nlohmann::json& 
   return it->get_ref<const std::string&>();
 }
 
-std::int64_t num_ids(const DatasetOptions& options, const Tokenizer& tokenizer) {
-  return options.num_token_ids > 0 ? options.num_token_ids : tokenizer.vocab_size();
-}
-
 std::vector<std::int32_t> input_ids_of(const DatasetOptions& options, const nlohmann::json& ids, std::int64_t line,
-                                       std::int64_t limit) {
+                                       const Tokenizer& tokenizer) {
+  const std::int64_t limit = options.num_token_ids > 0 ? options.num_token_ids : tokenizer.vocab_size();
   if (!ids.is_array() || ids.empty()) refuse(options, line, "input_ids must be an array of at least one token id");
   std::vector<std::int32_t> result;
   result.reserve(ids.size());
@@ -236,7 +233,7 @@ class ClassificationDataset final : public Dataset {
     row.line = line;
     if (const auto ids = json.find(kInputIds);
         ids != json.end() && options_.text_column != kInputIds && !ids->is_string()) {
-      add_ids(row, input_ids_of(options_, *ids, line, num_ids(options_, tokenizer_)));
+      add_ids(row, input_ids_of(options_, *ids, line, tokenizer_));
     } else {
       const std::string& text = text_of(options_, json, line, options_.text_column, "text_column");
       bytes_ += text;
@@ -289,7 +286,7 @@ class CausalLmDataset final : public Dataset {
     const auto handler = [&](nlohmann::json&& row, std::int64_t line) {
       const auto ids = row.find(kInputIds);
       if (ids != row.end() && options.text_column != kInputIds && !ids->is_string()) {
-        add(input_ids_of(options, *ids, line, num_ids(options, tokenizer)), options, line);
+        add(input_ids_of(options, *ids, line, tokenizer), options, line);
       } else {
         const std::string& text = text_of(options, row, line, options.text_column, "text_column");
         const std::vector<std::int32_t> tokens = tokenizer.encode(text, std::nullopt, EncodeOptions{}).ids;

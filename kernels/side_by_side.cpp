@@ -35,9 +35,8 @@ struct Split : torch::autograd::Function<Split> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* /*ctx*/,
                                                  const torch::autograd::variable_list& grads) {
     const at::AutoDispatchBelowADInplaceOrView untracked;
-    if (grads[0].dim() == 2) return {side_by_side(grads), at::Tensor(), at::Tensor()};
     std::vector<at::Tensor> matrices;
-    for (const at::Tensor& grad : grads) matrices.push_back(grad.reshape({grad.size(0), grad.size(1) * grad.size(2)}));
+    for (const at::Tensor& grad : grads) matrices.push_back(grad.flatten(1));
     return {side_by_side(matrices), at::Tensor(), at::Tensor()};
   }
 };
